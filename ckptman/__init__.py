@@ -1,0 +1,90 @@
+"""
+ckptman: save, be killed, resume — bit for bit.
+
+The house, from the ground up; a module imports only from floors below its own:
+
+    7  guests     cli/ | demo/ | testing/
+    6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
+    5  motion     pipeline/                    stage → write, read → place
+    4  torch      state/                       live objects ↔ leaves
+    3  rules      repository/                  what exists, and who may change it
+    2  meaning    format/                      what bytes mean (pure)
+    1  ground     storage/                     bytes by key
+    0  words      errors.py · events.py · types.py
+
+This module is the door. It imports nothing until a name is asked for, so that ``ckptman ls`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptman.errors import (
+        CheckpointNotFound,
+        CkptmanError,
+        CommitUnknown,
+        Fenced,
+        FormatError,
+        IntegrityError,
+        LockError,
+        LockTimeout,
+        Preempted,
+        SaveFailed,
+        StateMismatch,
+        StorageError,
+        UnsupportedState,
+    )
+    from ckptman.manager import CheckpointManager, DamagedCheckpointWarning, PendingSave
+    from ckptman.repository import keep
+    from ckptman.schedule import Every
+    from ckptman.types import Checkpoint, Skipped
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ckptman.errors": (
+        "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
+        "LockTimeout", "Preempted", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
+    ),
+    "ckptman.manager": ("CheckpointManager", "DamagedCheckpointWarning", "PendingSave"),
+    "ckptman.schedule": ("Every",),
+    "ckptman.types": ("Checkpoint", "Skipped"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "CheckpointNotFound",
+    "CkptmanError",
+    "CommitUnknown",
+    "DamagedCheckpointWarning",
+    "Every",
+    "Fenced",
+    "FormatError",
+    "IntegrityError",
+    "LockError",
+    "LockTimeout",
+    "PendingSave",
+    "Preempted",
+    "SaveFailed",
+    "Skipped",
+    "StateMismatch",
+    "StorageError",
+    "UnsupportedState",
+    "keep",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "keep":
+        return import_module("ckptman.repository.keep")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ckptman' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

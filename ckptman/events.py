@@ -1,0 +1,81 @@
+"""
+Frozen records of what happened, and the hook that is called with each.
+
+A hook runs on the thread on which the thing happened (a save's commit: the background thread), must be
+quick, and cannot stop or fail a save: what it raises is logged and dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptman.types import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What every event has: the root (credentials redacted)."""
+
+    root: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BecameWriter(Event):
+    """This process may write from now on. ``epoch`` counts the root's writers."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staged(Event):
+    """The state was copied; training may go on. ``stall_s`` is how long ``save`` kept it waiting."""
+
+    step: int
+    nbytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed(Event):
+    """A checkpoint exists and is durable. ``duration_s`` counts from the call of ``save``."""
+
+    checkpoint: Checkpoint
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned(Event):
+    """The keep rule dropped these steps in the same commit."""
+
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveErred(Event):
+    """A save failed; nothing of it exists."""
+
+    step: int
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored(Event):
+    """A checkpoint was loaded into the live objects."""
+
+    checkpoint: Checkpoint
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged(Event):
+    """A damaged checkpoint (``step``) or catalog record (``step`` is None) was passed over."""
+
+    step: int | None
+    reason: str
+
+
+class Hook(Protocol):
+    """Anything that can be called with an event."""
+
+    def __call__(self, event: Event, /) -> object: ...

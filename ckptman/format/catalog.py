@@ -1,0 +1,142 @@
+"""
+The catalog record: everything that exists in a root after its n-th change.
+
+The record with the highest number is the truth. Records are immutable and form a chain: each holds the sha256 of
+the one before it, and each checkpoint's entry holds the sha256 of its manifest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from ckptman.errors import FormatError
+from ckptman.format.manifest import Count, Manifest, Utc, check_data_key, check_utc
+from ckptman.format.metrics import JsonMetrics, check_metrics
+from ckptman.format.names import FORMAT, check_attempt, check_component, check_tag
+from ckptman.format.sealed import seal, unseal
+from ckptman.storage.base import Buffer
+
+MAX_RECORD_NBYTES = 256 << 20
+
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Writer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Who wrote a record. ``epoch`` counts the root's writers; ``id`` is random; ``since`` is its first commit."""
+
+    epoch: Annotated[int, msgspec.Meta(ge=1)]
+    id: str
+    host: str
+    pid: Count
+    since: Utc
+
+
+class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
+    """A checkpoint that exists. ``after`` is its manifest's; ``borrows`` are files of other attempts that it needs."""
+
+    step: Count
+    attempt: str
+    manifest: Sha256
+    after: Count
+    created_at: Utc
+    nbytes: Count
+    new_nbytes: Count
+    world_size: Count
+    components: tuple[str, ...]
+    metrics: JsonMetrics = {}
+    tags: tuple[str, ...] = ()
+    borrows: tuple[str, ...] = ()
+    preempted: bool = False
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """
+    The state of a root after change ``number``. ``checkpoints`` are in the order of their commits, oldest first.
+
+    ``nonce`` is fresh for every try at a change: it tells our own record, put by a try whose answer was lost, from
+    another writer's. ``previous`` is the sha256 of the record below, None for the first one or after a repair.
+    """
+
+    format: int = FORMAT
+    root: str
+    number: Annotated[int, msgspec.Meta(ge=1, le=10**12 - 1)]
+    committed_at: Utc
+    writer: Writer
+    change: str
+    nonce: str
+    previous: Sha256 | None
+    checkpoints: tuple[Entry, ...]
+
+
+def entry_of(manifest: Manifest, manifest_sha256: str, *, tags: tuple[str, ...] = ()) -> Entry:
+    """How the catalog lists the checkpoint of *manifest*."""
+    return Entry(
+        step=manifest.step,
+        attempt=manifest.attempt,
+        manifest=manifest_sha256,
+        after=manifest.after,
+        created_at=manifest.created_at,
+        nbytes=manifest.nbytes,
+        new_nbytes=manifest.new_nbytes,
+        world_size=manifest.world_size,
+        components=tuple(manifest.components),
+        metrics=manifest.metrics,
+        tags=tags,
+        borrows=manifest.borrows,
+        preempted=manifest.preempted,
+    )
+
+
+def write_record(record: Record) -> bytes:
+    """The bytes of the record's file. Reads them again: what cannot be read is never written. Raises FormatError."""
+    data = seal(record)
+    read_record(data, record.number)
+    return data
+
+
+def read_record(data: Buffer, number: int) -> Record:
+    """
+    The record in *data*, which was found under *number*.
+
+    Raises:
+        Torn: The bytes differ from what was written.
+        FormatError: A rule of the format is broken, the format is newer, or it was written under another number.
+    """
+    what = f"catalog record {number}"
+    record = unseal(data, Record, what)
+    _check(record, what)
+    if record.number != number:
+        raise FormatError(f"{what} was written as record {record.number}: was the file renamed?")
+    return record
+
+
+def _check(record: Record, what: str) -> None:
+    try:
+        check_utc(record.committed_at, record.writer.since)
+        steps: set[int] = set()
+        tags: set[str] = set()
+        for entry in record.checkpoints:
+            _check_entry(entry)
+            if entry.step in steps:
+                raise FormatError(f"step {entry.step} is listed twice")
+            if tags.intersection(entry.tags) or len(set(entry.tags)) != len(entry.tags):
+                raise FormatError(f"a tag of step {entry.step} is given twice")
+            steps.add(entry.step)
+            tags.update(entry.tags)
+    except ValueError as error:  # FormatError is one
+        raise FormatError(f"{what} breaks the format: {error}") from error
+
+
+def _check_entry(entry: Entry) -> None:
+    if check_attempt(entry.attempt).step != entry.step:
+        raise FormatError(f"step {entry.step} is said to lie in {entry.attempt}")
+    for component in entry.components:
+        check_component(component)
+    for tag in entry.tags:
+        check_tag(tag)
+    check_utc(entry.created_at)
+    check_metrics(entry.metrics)
+    for key in entry.borrows:
+        check_data_key(key)

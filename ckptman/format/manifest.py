@@ -1,0 +1,279 @@
+"""
+The manifest: what is in one checkpoint, and where its bytes are. Enough to read it without anything else.
+
+A manifest is a border: `read_manifest` accepts it only if every rule below holds, whether or not the catalog
+vouches for its digest, since ``repair`` has nothing but the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from datetime import datetime
+from itertools import product
+from typing import Annotated
+
+import msgspec
+
+from ckptman.errors import FormatError
+from ckptman.format.digest import ALGORITHM, BLOCK_NBYTES
+from ckptman.format.dtypes import DTYPES
+from ckptman.format.metrics import JsonMetrics, check_metrics
+from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_component
+from ckptman.format.sealed import seal, unseal
+from ckptman.storage.base import Buffer, check_key
+
+MAX_MANIFEST_NBYTES = 1 << 30
+MAX_NDIM = 64
+MAX_SPLIT_NDIM = 8
+MAX_FILE_NBYTES = 1 << 62
+MAX_HEADER_NBYTES = 100_000_000
+"""What the safetensors library accepts: room for about 500,000 tensors in one file."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+Utc = Annotated[datetime, msgspec.Meta(tz=True)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
+    """
+    One safetensors file. ``path`` is relative to the root and may belong to an older attempt (borrowed).
+
+    ``header_nbytes`` is the length of the JSON, without the 8 bytes before it that say so; ``header_digest`` is one
+    digest of both, however long they are.
+    """
+
+    path: str
+    nbytes: Count
+    header_nbytes: Count
+    header_digest: Digest
+
+
+class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """
+    A stored box of a tensor: ``nbytes`` bytes from byte ``start`` of file number ``file``, row-major.
+
+    ``offset`` and ``shape`` place the box in the tensor; both are left out for a chunk that is the whole tensor.
+    ``key`` is its key in the safetensors header where that is not the tensor's name without its component.
+    """
+
+    file: Count
+    start: Count
+    nbytes: Count
+    digests: tuple[Digest, ...]
+    offset: tuple[Count, ...] | None = None
+    shape: tuple[Count, ...] | None = None
+    key: str | None = None
+
+
+class Tensor(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
+    """A tensor: ``name`` is ``<component>/<name in it>``, ``shape`` the global shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[Count, ...]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """``kind`` says how the component was captured, ``values`` is its typed JSON (format/values.py)."""
+
+    kind: str
+    values: msgspec.Raw
+
+
+class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """
+    One checkpoint. ``after`` is the number of the catalog record that it was written on top of: it orders
+    checkpoints by commit when the catalog is lost.
+    """
+
+    format: int = FORMAT
+    root: str
+    step: Count
+    attempt: str
+    after: Count
+    created_at: Utc
+    world_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    metrics: JsonMetrics
+    preempted: bool
+    digest: str = ALGORITHM
+    block_nbytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)] = BLOCK_NBYTES
+    components: dict[str, Component]
+    files: tuple[File, ...]
+    tensors: tuple[Tensor, ...]
+    aliases: dict[str, str]
+    environment: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, borrowed ones included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def new_nbytes(self) -> int:
+        """Bytes of the chunks in this attempt's own files."""
+        own = {index for index, file in enumerate(self.files) if file.path.startswith(f"{self.attempt}/")}
+        return sum(chunk.nbytes for tensor in self.tensors for chunk in tensor.chunks if chunk.file in own)
+
+    @property
+    def borrows(self) -> tuple[str, ...]:
+        """The keys of files that belong to other attempts."""
+        return tuple(sorted(file.path for file in self.files if not file.path.startswith(f"{self.attempt}/")))
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """The bytes of ``manifest.json``. Reads them again: what cannot be read is never written. Raises FormatError."""
+    data = seal(manifest)
+    read_manifest(data, manifest.attempt)
+    return data
+
+
+def read_manifest(data: Buffer, attempt: str) -> Manifest:
+    """
+    The manifest in *data*, which was found in the folder *attempt*.
+
+    Raises:
+        Torn: The bytes differ from what was written.
+        FormatError: A rule of the format is broken, the format is newer, or it belongs to another attempt.
+    """
+    what = f"{attempt}/manifest.json"
+    manifest = unseal(data, Manifest, what)
+    _check(manifest, what)
+    if manifest.attempt != attempt:
+        raise FormatError(f"{what} belongs to the attempt {manifest.attempt}: was the folder renamed?")
+    return manifest
+
+
+def _check(manifest: Manifest, what: str) -> None:
+    try:
+        _check_head(manifest)
+        for file in manifest.files:
+            _check_file(file)
+        _check_unique("file", [file.path.lower() for file in manifest.files])
+        _check_unique("component", [name.lower() for name in manifest.components])
+        for tensor in manifest.tensors:
+            _check_tensor(tensor, manifest)
+        names = _check_unique("tensor", [tensor.name for tensor in manifest.tensors])
+        for alias, name in manifest.aliases.items():
+            if alias in names or name not in names:
+                raise FormatError(f"alias {alias!r} of {name!r}: the one must be no tensor, the other must be one")
+            _check_tensor_name(alias, manifest)
+    except ValueError as error:  # FormatError is one
+        raise FormatError(f"{what} breaks the format: {error}") from error
+
+
+def _check_head(manifest: Manifest) -> None:
+    attempt = check_attempt(manifest.attempt)
+    if attempt.step != manifest.step:
+        raise FormatError(f"it says step {manifest.step} but lies in an attempt at step {attempt.step}")
+    if manifest.digest != ALGORITHM:
+        raise FormatError(f"digest {manifest.digest!r} is not known here, only {ALGORITHM!r}")
+    check_utc(manifest.created_at)
+    check_metrics(manifest.metrics)
+    for component in manifest.components:
+        check_component(component)
+
+
+def check_utc(*times: datetime) -> None:
+    """Raise ValueError unless all *times* are in UTC."""
+    for time in times:
+        if time.utcoffset():
+            raise ValueError(f"the time {time.isoformat()} is not in UTC")
+
+
+def check_data_key(key: str) -> str:
+    """Return *key* if it is that of a data file of an attempt. Raises FormatError."""
+    folder, _, name = check_key(key).partition("/")
+    check_attempt(folder)
+    if "/" in name or not name.endswith(".safetensors"):
+        raise FormatError(f"{key[:80]!r} is not a data file of an attempt")
+    return key
+
+
+def _check_file(file: File) -> None:
+    check_data_key(file.path)
+    if not 8 + file.header_nbytes <= file.nbytes <= MAX_FILE_NBYTES or file.header_nbytes > MAX_HEADER_NBYTES:
+        raise FormatError(f"{file.path!r} cannot have {file.nbytes} bytes with a header of {file.header_nbytes}")
+
+
+def _check_tensor_name(name: str, manifest: Manifest) -> None:
+    component, slash, rest = name.partition("/")
+    if not slash or not rest or component not in manifest.components:
+        raise FormatError(f"tensor {name!r} belongs to no component of this checkpoint")
+
+
+def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
+    _check_tensor_name(tensor.name, manifest)
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise FormatError(f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
+    if len(tensor.shape) > MAX_NDIM:
+        raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
+    stored = 0
+    for chunk in tensor.chunks:
+        _check_chunk(chunk, tensor, manifest)
+        stored += chunk.nbytes
+    if stored != tensor.nbytes:
+        raise FormatError(f"tensor {tensor.name!r} needs {tensor.nbytes} bytes, its chunks have {stored}")
+    if len(tensor.chunks) > 1:
+        _check_tiling(tensor)
+
+
+def _check_chunk(chunk: Chunk, tensor: Tensor, manifest: Manifest) -> None:
+    offset, shape = box_of(chunk, tensor)
+    if len(offset) != len(tensor.shape) or len(shape) != len(tensor.shape):
+        raise FormatError(f"a chunk of {tensor.name!r} has another number of dimensions than the tensor")
+    if any(start + size > whole for start, size, whole in zip(offset, shape, tensor.shape, strict=True)):
+        raise FormatError(f"a chunk of {tensor.name!r} reaches beyond the tensor")
+    if chunk.nbytes != math.prod(shape) * DTYPES[tensor.dtype].itemsize:
+        raise FormatError(f"a chunk of {tensor.name!r} has {chunk.nbytes} bytes, which is not its shape's size")
+    if chunk.file >= len(manifest.files):
+        raise FormatError(f"a chunk of {tensor.name!r} lies in a file that is not listed")
+    file = manifest.files[chunk.file]
+    if chunk.start < 8 + file.header_nbytes or chunk.start + chunk.nbytes > file.nbytes:
+        raise FormatError(f"a chunk of {tensor.name!r} lies outside of the data of {file.path!r}")
+    if len(chunk.digests) != -(-chunk.nbytes // manifest.block_nbytes):
+        raise FormatError(f"a chunk of {tensor.name!r} has {len(chunk.digests)} digests for {chunk.nbytes} bytes")
+
+
+def _check_tiling(tensor: Tensor) -> None:
+    """
+    Every element of *tensor* lies in exactly one chunk.
+
+    Boxes add up to the whole if and only if their corners do, each counted with the sign (-1)**(number of upper
+    ends): the corners are the mixed derivative of the function that counts the boxes over each element.
+    """
+    boxes = [box_of(chunk, tensor) for chunk in tensor.chunks if chunk.nbytes]
+    axes = [axis for axis, size in enumerate(tensor.shape) if any(shape[axis] != size for _, shape in boxes)]
+    if len(axes) > MAX_SPLIT_NDIM:
+        raise FormatError(f"tensor {tensor.name!r} is split in {len(axes)} dimensions, at most {MAX_SPLIT_NDIM} may be")
+    corners: defaultdict[tuple[int, ...], int] = defaultdict(int)
+    whole = ((0,) * len(tensor.shape), tensor.shape)
+    for weight, (offset, shape) in ((-1, whole), *((1, box) for box in boxes)):
+        spans = [((offset[axis], 1), (offset[axis] + shape[axis], -1)) for axis in axes]
+        for corner in product(*spans):
+            corners[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
+    if any(corners.values()):
+        raise FormatError(f"chunks of {tensor.name!r} overlap, and leave a part of it out")
+
+
+def _check_unique(what: str, names: Iterable[str]) -> frozenset[str]:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise FormatError(f"the {what} {name!r} is listed twice")
+        seen.add(name)
+    return frozenset(seen)
+
+
+def box_of(chunk: Chunk, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The (offset, shape) of *chunk* within *tensor*."""
+    offset = (0,) * len(tensor.shape) if chunk.offset is None else chunk.offset
+    return offset, tensor.shape if chunk.shape is None else chunk.shape

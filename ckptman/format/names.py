@@ -1,0 +1,130 @@
+"""Every name, key and pattern of a root, in one place. What comes from a user or a file is checked here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ckptman.errors import FormatError
+from ckptman.storage.base import RESERVED, check_key
+
+FORMAT = 1
+"""The version of the format that this code writes, and the newest that it reads."""
+
+MARKER = "ckptman.json"
+CATALOG = "catalog"
+LOCK = "writer.lock"
+MANIFEST = "manifest.json"
+
+MAX_STEP = 2**63 - 1
+MAX_METRICS = 1000
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_RANK_SUFFIX = re.compile(r".*\.rank-[0-9]+")
+_NOT_A_COMPONENT = (RESERVED, _RANK_SUFFIX)
+_RECORD = re.compile(r"catalog/([0-9]{12})\.json")
+_ATTEMPT = re.compile(r"step-([0-9]{12,19})\.w([0-9]{4,18})\.([0-9a-f]{8})")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def check_component(name: str) -> str:
+    """
+    Return *name* if it can name a component, and so a file on every operating system.
+
+    Raises:
+        ValueError: It breaks ``[A-Za-z0-9][A-Za-z0-9._-]{0,63}``, is a device name on Windows, or ends like a
+            rank's file (``.rank-1``).
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or any(p.fullmatch(name) for p in _NOT_A_COMPONENT):
+        raise ValueError(
+            f"{name!r} cannot name a component: use 1 to 64 letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit (and no device name such as 'nul', no '.rank-1' at the end)"
+        )
+    return name
+
+
+def check_tag(name: str) -> str:
+    """
+    Return *name* if it can be a tag.
+
+    Raises:
+        ValueError: It breaks the pattern of names, or could be taken for a step or for ``latest``.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.isdigit() or name == "latest":
+        raise ValueError(
+            f"{name!r} cannot be a tag: use 1 to 64 letters, digits, '.', '_' and '-', beginning with a letter or "
+            "digit, and neither 'latest' nor a bare number"
+        )
+    return name
+
+
+def check_step(step: int) -> int:
+    """
+    Return *step* if it is a number of completed steps.
+
+    Raises:
+        TypeError: It is not an integer.
+        ValueError: It is negative, or 2**63 or more.
+    """
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int, got {type(step).__name__}")
+    if not 0 <= step <= MAX_STEP:
+        raise ValueError(f"step must be between 0 and 2**63 - 1, got {step}")
+    return step
+
+
+def check_metric(name: str) -> str:
+    """Return *name* if it can name a metric: 1 to 200 characters, no control characters. Raises ValueError."""
+    if not isinstance(name, str) or not 1 <= len(name) <= 200 or _CONTROL.search(name):
+        raise ValueError(f"{name!r} cannot name a metric: use 1 to 200 characters without control characters")
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """The name of one try at saving *step*, by the writer of *epoch*. Never used twice, thanks to *nonce*."""
+
+    step: int
+    epoch: int
+    nonce: str
+
+    def __str__(self) -> str:
+        return f"step-{self.step:012d}.w{self.epoch:04d}.{self.nonce}"
+
+    @classmethod
+    def parse(cls, text: str) -> Attempt | None:
+        """The attempt that a folder's name stands for; None if it is not exactly one."""
+        match = _ATTEMPT.fullmatch(text)
+        if match is None:
+            return None
+        attempt = cls(step=int(match[1]), epoch=int(match[2]), nonce=match[3])
+        return attempt if str(attempt) == text and attempt.step <= MAX_STEP else None
+
+
+def check_attempt(text: str) -> Attempt:
+    """The attempt that *text* names. Raises FormatError."""
+    attempt = Attempt.parse(text)
+    if attempt is None:
+        raise FormatError(f"{text[:80]!r} is not the name of an attempt (step-<12 digits>.w<epoch>.<8 hex digits>)")
+    return attempt
+
+
+def manifest_key(attempt: str) -> str:
+    """Where the manifest of *attempt* lies."""
+    return f"{attempt}/{MANIFEST}"
+
+
+def data_key(attempt: str, component: str) -> str:
+    """Where the tensors of *component* lie in *attempt*."""
+    return check_key(f"{attempt}/{component}.safetensors")
+
+
+def record_key(number: int) -> str:
+    """Where the catalog record with *number* lies."""
+    return f"{CATALOG}/{number:012d}.json"
+
+
+def record_number(key: str) -> int | None:
+    """The number of the record that lies at *key*; None if none can (numbers begin with 1)."""
+    match = _RECORD.fullmatch(key)
+    return int(match[1]) or None if match else None

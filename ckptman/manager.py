@@ -1,0 +1,569 @@
+"""The face: `CheckpointManager`. It does little itself; each method says whom it asks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import msgspec
+import torch
+
+from ckptman.errors import (
+    CheckpointNotFound,
+    CkptmanError,
+    FormatError,
+    IntegrityError,
+    Preempted,
+    SaveFailed,
+)
+from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
+from ckptman.format.catalog import Entry
+from ckptman.format.metrics import metrics_to_json
+from ckptman.format.names import check_step, check_tag
+from ckptman.pipeline.reading import fill
+from ckptman.pipeline.saving import Job, Saved, without_tags, write_checkpoint
+from ckptman.pipeline.staging import Arena, unstaged
+from ckptman.preemption import Notices
+from ckptman.repository import keep as keep_rules
+from ckptman.repository.commit import Change, utc_now
+from ckptman.repository.keep import Keep, Mode
+from ckptman.repository.ownership import Ownership, take
+from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
+from ckptman.schedule import Schedule
+from ckptman.state.capture import capture
+from ckptman.state.kinds import check_state
+from ckptman.state.restore import prepare
+from ckptman.storage.base import Storage
+from ckptman.storage.opening import open_storage
+from ckptman.types import Checkpoint, Skipped
+
+__all__ = ["CheckpointManager", "DamagedCheckpointWarning", "PendingSave"]
+
+_log = logging.getLogger("ckptman")
+
+
+class PendingSave:
+    """
+    A save under way. Its failure is raised by ``result``, or, if nobody asks, by the next save or by ``close``.
+
+    Attributes:
+        step: The step that is being saved.
+        stall_s: How many seconds ``save`` kept training waiting (for an earlier save, and for staging).
+    """
+
+    def __init__(self, step: int, future: Future[Checkpoint], stall_s: float) -> None:
+        self.step = step
+        self.stall_s = stall_s
+        self._future = future
+        self._is_collected = False
+
+    def __repr__(self) -> str:
+        return f"<PendingSave step={self.step} {'done' if self.done() else 'under way'}>"
+
+    def done(self) -> bool:
+        """Whether it is over, one way or the other. Never waits."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Checkpoint:
+        """
+        Wait until the checkpoint is durable and committed.
+
+        Raises:
+            TimeoutError: *timeout* seconds were not enough; the save goes on.
+            SaveFailed, Fenced, CommitUnknown: As ``CheckpointManager.save``.
+        """
+        error = self.exception(timeout)
+        if error is not None:
+            raise error
+        return self._future.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait as ``result`` does; return the error instead of raising it, None if the save succeeded."""
+        error = self._future.exception(timeout)
+        self._is_collected = True
+        return error
+
+    def _uncollected(self) -> BaseException | None:
+        """The failure that nobody has seen yet, which counts as seen from now on. The save must be done."""
+        return None if self._is_collected else self.exception()
+
+
+class CheckpointManager:
+    """
+    Saves the whole training state to a root, and restores it bit for bit.
+
+    Example:
+        >>> import torch
+        >>> from ckptman import CheckpointManager
+        >>> model = torch.nn.Linear(2, 2)
+        >>> with CheckpointManager("memory://docs", {"model": model}) as manager:
+        ...     manager.save(1, block=True).step
+        1
+
+    Args:
+        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, or a storage. It is created by the first
+            save.
+        state: Component name → live object: a module, an optimizer, anything with ``state_dict`` and
+            ``load_state_dict``, a generator, a tensor or array, a dict or list, or a plain value. None opens the root
+            for reading: such a manager takes no lock and never writes.
+        save_every: What ``maybe_save`` follows: `Every`, or any ``(step, seconds since the last save) -> bool``.
+        keep: What to retain. The default deletes nothing; the newest and tagged checkpoints are always kept.
+        rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
+        lock_timeout: Seconds to wait for another writer to go away.
+        hooks: Called with every event.
+
+    Use it from one thread, in one process: in a job of several ranks, on one of them.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong. Nothing was read or written.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        state: Mapping[str, object] | None = None,
+        *,
+        save_every: Schedule | None = None,
+        keep: Keep = keep_rules.everything,
+        rng: bool = True,
+        lock_timeout: float = 60.0,
+        hooks: Iterable[Hook] = (),
+    ) -> None:
+        self._storage = open_storage(root)
+        self._repository = Repository(self._storage)
+        self._state = None if state is None else check_state(state, rng=rng)
+        if save_every is not None and not callable(save_every):
+            raise TypeError(f"save_every must be Every(…) or callable, got {save_every!r}")
+        if not isinstance(keep, Keep):
+            raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
+        if not lock_timeout >= 0:
+            raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
+        if self._state is not None:
+            _refuse_ranks()
+        self._save_every = save_every
+        self._keep = keep
+        self._rng = rng
+        self._lock_timeout_s = lock_timeout
+        self._hooks = tuple(hooks)
+        self._owner: Ownership | None = None
+        self._arena = Arena()
+        self._pending: PendingSave | None = None
+        self._pid = os.getpid()
+        self._background: ThreadPoolExecutor | None = None
+        self._notices = Notices()
+        self._last_save_at = time.monotonic()
+        self._half_restored: str | None = None
+        self._is_closed = False
+
+    @property
+    def root(self) -> str:
+        """The root; credentials redacted."""
+        return self._storage.url
+
+    def __repr__(self) -> str:
+        return f"<CheckpointManager {self.root}{' closed' if self._is_closed else ''}>"
+
+    # ------------------------------------------------------------------ saving
+
+    def save(
+        self,
+        step: int,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Iterable[str] = (),
+        block: bool = False,
+    ) -> PendingSave:
+        """
+        Save the state as *step*, the number of completed training steps.
+
+        Returns once the state is staged: training may go on and change it, while a background thread writes. With
+        ``block=True`` it returns once the checkpoint is durable and committed. A save that is still under way is
+        waited for first. Saving a step that exists replaces it atomically and makes it the latest.
+
+        Nothing of the training run is changed by it: no tensor, no optimizer, no random stream.
+
+        Raises:
+            UnsupportedState: A value cannot be saved without pickle. Nothing was written.
+            LockTimeout: The first save found another writer that is alive.
+            Fenced: Another writer took the root over, earlier or while this was written.
+            SaveFailed: Nothing was committed; also raised for an earlier save whose failure nobody collected (this
+                one is then not begun).
+            CommitUnknown: The storage would not say whether the commit landed.
+            TypeError, ValueError: An argument is wrong, or the manager is closed or opened for reading.
+        """
+        return self._save(step, metrics or {}, tuple(tags), block=block, preempted=False)
+
+    def maybe_save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave | None:
+        """
+        Call once per training step: saves when ``save_every`` says so; returns None otherwise.
+
+        The first call in the main thread installs handlers for SIGTERM and SIGUSR1. When one of these arrived, this
+        saves, waits for the commit, and raises.
+
+        Raises:
+            Preempted: A notice arrived, and the checkpoint is committed. It is a ``SystemExit`` with code 75.
+            As ``save``: Whatever it raises.
+        """
+        self._check_open_for_saving()
+        self._notices.install()
+        if self._notices.received is not None:
+            self._save(step, metrics or {}, (), block=True, preempted=True)
+            raise Preempted(f"{self._notices.received} arrived; step {step} is saved in {self.root}", step=step)
+        seconds = time.monotonic() - self._last_save_at
+        if self._save_every is None or not self._save_every(check_step(step), seconds):
+            return None
+        return self.save(step, metrics=metrics)
+
+    def _save(
+        self, step: int, metrics: Mapping[str, float], tags: tuple[str, ...], *, block: bool, preempted: bool
+    ) -> PendingSave:
+        began, created_at = time.monotonic(), utc_now()
+        state = self._check_open_for_saving()
+        json_metrics = metrics_to_json(metrics)
+        checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
+        check_step(step)
+        self._drain()
+        self._raise_uncollected()
+        owner = self._own()
+        captured = capture(state, rng=self._rng)
+        job = Job(
+            step=step,
+            created_at=created_at,
+            metrics=json_metrics,
+            tags=checked_tags,
+            preempted=preempted,
+            captured={name: replace(part, leaves=()) for name, part in captured.items()},
+            staged=unstaged(captured) if block else self._arena.stage(captured),
+            keep=self._keep,
+        )
+        self._last_save_at = time.monotonic()
+        if block:
+            return self._save_now(owner, job, began)
+        return self._save_behind(owner, job, began)
+
+    def _save_now(self, owner: Ownership, job: Job, began: float) -> PendingSave:
+        future: Future[Checkpoint] = Future()
+        future.set_result(self._write(owner, job, began))
+        return PendingSave(job.step, future, time.monotonic() - began)
+
+    def _save_behind(self, owner: Ownership, job: Job, began: float) -> PendingSave:
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix="ckptman-save")
+        stall_s = time.monotonic() - began
+        self._emit(Staged(root=self.root, step=job.step, nbytes=_staged_nbytes(job), stall_s=stall_s))
+        future = self._background.submit(self._write, owner, job, began)
+        self._pending = PendingSave(job.step, future, stall_s)
+        return self._pending
+
+    def _write(self, owner: Ownership, job: Job, began: float) -> Checkpoint:
+        try:
+            saved: Saved = write_checkpoint(owner, job)
+        except BaseException as error:
+            self._emit(SaveErred(root=self.root, step=job.step, error=error))
+            raise
+        duration_s = time.monotonic() - began
+        _log.info("saved step %d to %s: %d bytes in %.2f s", job.step, self.root, saved.checkpoint.nbytes, duration_s)
+        self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
+        if saved.pruned:
+            self._emit(Pruned(root=self.root, steps=saved.pruned))
+        return saved.checkpoint
+
+    def _check_open_for_saving(self) -> Mapping[str, object]:
+        self._check_open()
+        if self._state is None:
+            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to save")
+        if self._half_restored is not None:
+            raise SaveFailed(
+                f"the live state is half restored ({self._half_restored}): saving it would make the mixture permanent. "
+                "Restore an intact checkpoint, or build the objects and the manager anew"
+            )
+        return self._state
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError(f"this manager of {self.root} is closed")
+
+    def _own(self) -> Ownership:
+        if self._owner is None:
+            self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=_weak_drain(self))
+            self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
+        self._owner.check()
+        return self._owner
+
+    # ------------------------------------------------------------------ restoring
+
+    def restore(
+        self, which: Which = "latest", *, only: Collection[str] | None = None, strict: bool = True
+    ) -> Checkpoint | None:
+        """
+        Load a checkpoint into the live objects, in place. Every byte is checked on the way.
+
+        Args:
+            which: ``"latest"``, a step, ``"best:METRIC:min"`` (or ``:max``), or a tag.
+            only: Names of the components to restore; the others, and the random streams, stay as they are.
+            strict: False leaves out what only one side has, with a warning, instead of raising.
+
+        Returns:
+            The checkpoint, with ``values`` (the plain values of the state) and ``skipped``; None if the latest was
+            asked for and the root has no checkpoint.
+
+        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. Names, shapes and
+        dtypes are compared before any live object is touched. *Not* promised: after an `IntegrityError` (or Ctrl-C)
+        in mid-read the live tensors may be a mixture; the manager then refuses to save until a restore succeeds.
+
+        Raises:
+            CheckpointNotFound: There is no such step, tag or metric.
+            StateMismatch: The checkpoint and the live state disagree. Nothing was touched.
+            IntegrityError: The checkpoint is damaged; for ``"latest"``: all of them are.
+            FormatError: The checkpoint or the catalog is of a newer format, or no catalog record can be read.
+            StorageError: The medium failed.
+        """
+        self._check_open()
+        if self._state is None:
+            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to restore into")
+        began = time.monotonic()
+        self._drain()
+        checkpoint = self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
+        if checkpoint is not None:
+            duration_s = time.monotonic() - began
+            _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
+            self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
+        return checkpoint
+
+    def _restore_one(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint:
+        entry = find(self._entries(), which, self.root)
+        try:
+            return self._load(entry, only, strict)
+        except IntegrityError as error:
+            if entry not in self._entries():
+                raise CheckpointNotFound(f"step {entry.step} of {self.root} was deleted while it was read") from error
+            raise
+
+    def _restore_latest(self, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
+        skipped: dict[str, Skipped] = {}
+        entries = self._entries()
+        while entry := next((e for e in reversed(entries) if e.attempt not in skipped), None):
+            try:
+                checkpoint = self._load(entry, only, strict)
+            except (IntegrityError, FormatError) as error:
+                entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
+                if entry in entries:
+                    skipped[entry.attempt] = self._pass_over(entry, error)
+                continue
+            return replace(checkpoint, skipped=tuple(skipped.values()))
+        if not skipped:
+            return None
+        reasons = "; ".join(f"step {one.step}: {one.reason}" for one in skipped.values())
+        raise IntegrityError(
+            f"all {len(skipped)} checkpoints of {self.root} are damaged, and none was restored: {reasons}. "
+            "'ckptman verify' lists all damage; use another root to start afresh"
+        )
+
+    def _pass_over(self, entry: Entry, error: CkptmanError) -> Skipped:
+        warnings.warn(
+            f"step {entry.step} of {self.root} is damaged and was passed over for an older one: {error}",
+            DamagedCheckpointWarning,
+            stacklevel=4,
+        )
+        self._emit(Damaged(root=self.root, step=entry.step, reason=str(error)))
+        return Skipped(step=entry.step, reason=str(error))
+
+    def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
+        assert self._state is not None
+        manifest = self._repository.manifest(entry)
+        restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
+        before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
+        try:
+            fill(self._storage, manifest, restoration.targets)
+            values = restoration.finish()
+        except Exception as error:
+            self._half_restored = f"restoring step {entry.step} failed: {error}"
+            raise
+        self._half_restored = before if only is not None else None
+        return replace(self._repository.checkpoint(entry), values=values)
+
+    # ------------------------------------------------------------------ looking
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """What exists, oldest commit first: one listing and one read. Raises StorageError, FormatError."""
+        return [self._repository.checkpoint(entry) for entry in self._entries()]
+
+    def latest(self) -> Checkpoint | None:
+        """The most recently committed checkpoint; None if there is none. Loads nothing, checks no data."""
+        entries = self._entries()
+        return self._repository.checkpoint(entries[-1]) if entries else None
+
+    def best(self, metric: str, mode: Mode = "min") -> Checkpoint | None:
+        """The best checkpoint by *metric*; None if none has a number for it. Of equals the later one."""
+        return next(iter(keep_rules.ranked(self.checkpoints(), metric, mode)), None)
+
+    def _entries(self) -> tuple[Entry, ...]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            entries = self._repository.entries()
+        for one in caught:
+            warnings.warn(one.message, one.category, stacklevel=4)
+            self._emit(Damaged(root=self.root, step=None, reason=str(one.message)))
+        return entries
+
+    # ------------------------------------------------------------------ changing the catalog
+
+    def tag(self, step: int, name: str) -> None:
+        """
+        Name the checkpoint *step*. A tag that another checkpoint has moves. A tagged checkpoint is never pruned.
+
+        Raises:
+            CheckpointNotFound: There is no such step.
+            ValueError: *name* cannot be a tag, or the manager is closed or opened for reading.
+            LockTimeout, Fenced, CommitUnknown, StorageError: As ``save``.
+        """
+        check_tag(name)
+        self._change(tagging(step, name, self.root), f"tag step {step} {name!r}")
+
+    def untag(self, step: int, name: str) -> None:
+        """Take the tag *name* from the checkpoint *step*. Raises as ``tag`` does."""
+        self._change(untagging(step, name, self.root), f"untag step {step} {name!r}")
+
+    def delete(self, step: int) -> None:
+        """Drop the checkpoint *step*, tagged or not, and delete its files. Raises as ``tag`` does."""
+        self._change(deleting((step,), self.root), f"delete step {step}")
+
+    def _change(self, change: Change, what: str) -> None:
+        self._check_open()
+        if self._state is None:
+            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
+        self._drain()
+        self._own().commit(change, what)
+
+    # ------------------------------------------------------------------ draining
+
+    def wait(self, timeout: float | None = None) -> None:
+        """
+        Wait until nothing is under way.
+
+        Raises:
+            TimeoutError: *timeout* seconds were not enough; the save goes on.
+            SaveFailed, Fenced, CommitUnknown: A save failed, and nobody has collected the failure yet.
+        """
+        self._drain(timeout)
+        self._raise_uncollected()
+
+    def close(self) -> None:
+        """
+        Wait for what is under way, let go of the root and of the signal handlers. Calling it again does nothing.
+
+        Raises:
+            SaveFailed, Fenced, CommitUnknown: As ``wait``, after everything was let go.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._drain()
+        self._is_closed = True
+        self._notices.uninstall()
+        if self._background is not None:
+            self._background.shutdown()
+        if self._owner is not None:
+            self._owner.release()
+        self._raise_uncollected()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CkptmanError as failure:
+            error.add_note(f"ckptman: and the last save failed: {failure}")
+
+    def _drain(self, timeout: float | None = None) -> None:
+        if self._pending is not None and os.getpid() == self._pid:
+            with contextlib.suppress(Exception) if timeout is None else contextlib.nullcontext():
+                self._pending._future.exception(timeout)
+
+    def _raise_uncollected(self) -> None:
+        pending, self._pending = self._pending, None
+        failure = pending._uncollected() if pending is not None else None
+        if failure is not None:
+            raise failure
+
+    def _emit(self, event: Event) -> None:
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:  # noqa: BLE001 - a hook cannot stop a save
+                _log.exception("the hook %r failed on %s", hook, type(event).__name__)
+
+
+def tagging(step: int, name: str, url: str) -> Change:
+    """The change that gives *step* the tag *name*, and takes it from any other checkpoint."""
+
+    def change(entries: tuple[Entry, ...]) -> Iterator[Entry]:
+        find(entries, step, url)
+        for entry in entries:
+            if entry.step != step:
+                yield without_tags(entry, (name,))
+            else:
+                yield msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*entry.tags, name))))
+
+    return lambda entries: tuple(change(entries))
+
+
+def untagging(step: int, name: str, url: str) -> Change:
+    """The change that takes the tag *name* from *step*. Raises `CheckpointNotFound` if it has no such tag."""
+
+    def change(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        if name not in find(entries, step, url).tags:
+            raise CheckpointNotFound(f"step {step} of {url} has no tag {name!r}")
+        return tuple(without_tags(entry, (name,)) if entry.step == step else entry for entry in entries)
+
+    return change
+
+
+def deleting(steps: Collection[int], url: str) -> Change:
+    """The change that drops *steps*. Raises `CheckpointNotFound` if one does not exist."""
+
+    def change(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+        dropped = {find(entries, step, url).step for step in steps}
+        return tuple(entry for entry in entries if entry.step not in dropped)
+
+    return change
+
+
+def _staged_nbytes(job: Job) -> int:
+    return sum(one.layout.nbytes for one in job.staged)
+
+
+def _weak_drain(manager: CheckpointManager) -> Callable[[], None]:
+    """Drains *manager* without keeping it alive: the registry of owners outlives a manager that was dropped."""
+    reference = weakref.ref(manager)
+
+    def drain() -> None:
+        alive = reference()
+        if alive is not None and threading.current_thread().name[:12] != "ckptman-save":
+            alive._drain()
+
+    return drain
+
+
+def _refuse_ranks() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"torch.distributed runs {distributed.get_world_size()} ranks, and this version of ckptman saves from one "
+            "process only: open the manager on one rank, with a state that is whole there"
+        )

@@ -1,0 +1,1 @@
+"""Fifth floor: the bytes on their way. Save: stage → write. Restore: read → place."""

@@ -1,0 +1,191 @@
+"""
+One save, from what is staged to what is committed.
+
+1. Name the attempt; nobody else ever writes under that name.
+2. Write the data files: each is created exclusively and durable when it is closed.
+3. Write the manifest likewise, then make the names in the attempt's folder and in the root durable.
+4. Commit: one catalog record that lists the checkpoint and, in the same breath, drops what ``keep`` does not keep.
+5. Delete the files of what was dropped.
+
+Killed before 4, the attempt is garbage that the next writer sweeps. Killed after it, the checkpoint exists, and so
+does some garbage. There is no third case.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import secrets
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from ckptman.errors import CommitUnknown, Fenced, SaveFailed, StorageError
+from ckptman.format.catalog import Entry, entry_of
+from ckptman.format.digest import sha256
+from ckptman.format.manifest import Component, Manifest, write_manifest
+from ckptman.format.metrics import JsonMetrics
+from ckptman.format.names import Attempt, manifest_key
+from ckptman.pipeline.staging import Staged
+from ckptman.pipeline.writing import write_files
+from ckptman.repository.keep import Keep
+from ckptman.repository.ownership import Ownership
+from ckptman.repository.repository import checkpoint_of
+from ckptman.state.capture import Captured
+from ckptman.types import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A staged save. ``captured`` gives kinds, values and aliases; the tensors' bytes are in ``staged``."""
+
+    step: int
+    created_at: datetime
+    metrics: JsonMetrics
+    tags: tuple[str, ...]
+    preempted: bool
+    captured: Mapping[str, Captured]
+    staged: Sequence[Staged]
+    keep: Keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A committed save: the checkpoint, and the steps that the keep rule dropped with it."""
+
+    checkpoint: Checkpoint
+    pruned: tuple[int, ...]
+
+
+def write_checkpoint(owner: Ownership, job: Job) -> Saved:
+    """
+    Write and commit *job*; the checkpoint is durable when this returns.
+
+    Raises:
+        SaveFailed: Nothing was committed; ``__cause__`` says why.
+        Fenced: Another writer took the root over; nothing was committed.
+        CommitUnknown: The storage would not say whether the commit landed.
+    """
+    owner.check()
+    attempt = str(Attempt(step=job.step, epoch=owner.writer.epoch, nonce=secrets.token_hex(4)))
+    try:
+        entry = _write_attempt(owner, job, attempt)
+    except BaseException as error:
+        owner.discard(attempt)
+        raise _failed(job, error) from error
+    try:
+        return _commit(owner, job, entry)
+    except CommitUnknown:
+        raise  # it may be listed: whoever reads the catalog next knows
+    except (Fenced, StorageError) as error:
+        owner.discard(attempt)
+        raise _failed(job, error) from error
+
+
+def _failed(job: Job, error: BaseException) -> BaseException:
+    if isinstance(error, (Fenced, KeyboardInterrupt, SystemExit)) or not isinstance(error, Exception):
+        return error
+    return SaveFailed(f"saving step {job.step} failed, nothing was committed: {error}", step=job.step)
+
+
+def _write_attempt(owner: Ownership, job: Job, attempt: str) -> Entry:
+    storage = owner.storage
+    after = owner.newest.number
+    files, tensors = write_files(storage, attempt, job.staged)
+    manifest = Manifest(
+        root=owner.root,
+        step=job.step,
+        attempt=attempt,
+        after=after,
+        created_at=job.created_at,
+        world_size=1,
+        metrics=job.metrics,
+        preempted=job.preempted,
+        components={
+            name: Component(kind=part.kind, values=msgspec.Raw(part.values)) for name, part in job.captured.items()
+        },
+        files=tuple(files),
+        tensors=tuple(tensors),
+        aliases={alias: name for part in job.captured.values() for alias, name in part.aliases.items()},
+        environment=environment(),
+    )
+    data = write_manifest(manifest)
+    with storage.open_new(manifest_key(attempt)) as out:
+        out.write(data)
+    storage.persist([attempt, ""])
+    return entry_of(manifest, sha256(data), tags=job.tags)
+
+
+def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
+    url = owner.storage.url
+    dropped: list[Entry] = []
+
+    def change(entries: tuple[Entry, ...]) -> list[Entry]:
+        added = with_checkpoint(entries, entry)
+        left = retained(added, job.keep, url)
+        dropped[:] = [e for e in added if e not in left]
+        return left
+
+    record = owner.commit(change, f"save step {job.step}")
+    return Saved(checkpoint=checkpoint_of(record.checkpoints[-1], url), pruned=tuple(entry.step for entry in dropped))
+
+
+def with_checkpoint(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+    """*entries* with *entry* as the newest: it replaces one of its step and takes over its tags; tags move to it."""
+    replaced = next((e for e in entries if e.step == entry.step), None)
+    if replaced is not None:
+        entry = msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*replaced.tags, *entry.tags))))
+    others = [e for e in entries if e.step != entry.step]
+    return [*(without_tags(e, entry.tags) for e in others), entry]
+
+
+def without_tags(entry: Entry, tags: Sequence[str]) -> Entry:
+    """*entry* without those of its tags that are among *tags*."""
+    if not set(tags).intersection(entry.tags):
+        return entry
+    return msgspec.structs.replace(entry, tags=tuple(tag for tag in entry.tags if tag not in tags))
+
+
+def retained(entries: Sequence[Entry], keep: Keep, url: str) -> list[Entry]:
+    """Those of *entries* that *keep* keeps, and those that always stay: the newest, and tagged ones."""
+    kept = keep([checkpoint_of(entry, url) for entry in entries])
+    return [entry for entry in entries if entry.step in kept or entry.tags or entry is entries[-1]]
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """What made a checkpoint: versions, the program's name, the git revision. Never arguments or variables."""
+    import ckptman
+
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "ckptman": ckptman.__version__,
+        "program": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "",
+        "git": _git_revision(),
+    }
+    return {name: str(value) for name, value in found.items() if value}
+
+
+def _git_revision() -> str:
+    try:
+        asked = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=2,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return asked.stdout.strip() if asked.returncode == 0 else ""

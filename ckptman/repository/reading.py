@@ -1,0 +1,133 @@
+"""
+Reading a checkpoint's bytes, every one of them checked against its digest before anybody may use it.
+
+Chunks are read in the order of the file. Small neighbours are read together, large ones block by block, straight
+into the memory that the caller gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptman.errors import IntegrityError
+from ckptman.format.digest import block_digest, blocks
+from ckptman.format.manifest import Chunk, File, Manifest, Tensor
+from ckptman.storage.base import KeyMissing, Storage
+
+SPAN_NBYTES = 8 << 20
+"""Chunks smaller than this are read together, up to this many bytes at a time."""
+
+Memory = Callable[[Tensor, Chunk], memoryview | None]
+"""Where a chunk's bytes shall go; None to check them only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One chunk of one tensor."""
+
+    tensor: Tensor
+    chunk: Chunk
+
+    @property
+    def stop(self) -> int:
+        """The first byte of the file after the chunk."""
+        return self.chunk.start + self.chunk.nbytes
+
+
+def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[list[Part]]:
+    """The chunks of the tensors *names* (None: all), for each file in the order in which they lie in it."""
+    wanted = None if names is None else set(names)
+    by_file: list[list[Part]] = [[] for _ in manifest.files]
+    for tensor in manifest.tensors:
+        if wanted is None or tensor.name in wanted:
+            for chunk in tensor.chunks:
+                by_file[chunk.file].append(Part(tensor=tensor, chunk=chunk))
+    for parts in by_file:
+        parts.sort(key=lambda part: part.chunk.start)
+    return by_file
+
+
+class CheckedReader:
+    """Reads the files of one checkpoint. Every method raises `IntegrityError` naming step, file and tensor."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self._storage = storage
+        self._manifest = manifest
+
+    def header(self, file: File) -> bytes:
+        """The safetensors header of *file* (its length field included), after checking the file's size."""
+        try:
+            nbytes = self._storage.size(file.path)
+        except KeyMissing as error:
+            raise self._damage(f"{file.path} is missing", file) from error
+        if nbytes != file.nbytes:
+            raise self._damage(f"{file.path} has {nbytes} bytes instead of {file.nbytes}", file)
+        header = bytearray(8 + file.header_nbytes)
+        self._fill(file, 0, memoryview(header), None)
+        if block_digest(header) != file.header_digest:
+            raise self._damage(f"the header of {file.path} is damaged", file)
+        return bytes(header)
+
+    def chunks(self, file: File, parts: Sequence[Part], memory: Memory) -> Iterator[Part]:
+        """Read *parts* of *file* into *memory*; yield each one once its bytes are there and right."""
+        for span in _spans(parts):
+            if len(span) == 1 and span[0].chunk.nbytes >= SPAN_NBYTES:
+                self._read_large(file, span[0], memory)
+            else:
+                self._read_span(file, span, memory)
+            yield from span
+
+    def _read_large(self, file: File, part: Part, memory: Memory) -> None:
+        into = memory(part.tensor, part.chunk)
+        block_nbytes = self._manifest.block_nbytes
+        scratch = memoryview(bytearray(min(block_nbytes, part.chunk.nbytes))) if into is None else None
+        for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, block_nbytes)):
+            view = scratch[: stop - start] if scratch is not None else into[start:stop]  # type: ignore[index]
+            self._fill(file, part.chunk.start + start, view, part.tensor)
+            self._check(file, part, index, view)
+
+    def _read_span(self, file: File, span: Sequence[Part], memory: Memory) -> None:
+        first = span[0].chunk.start
+        scratch = memoryview(bytearray(span[-1].stop - first))
+        self._fill(file, first, scratch, span[0].tensor)
+        for part in span:
+            view = scratch[part.chunk.start - first : part.stop - first]
+            for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
+                self._check(file, part, index, view[start:stop])
+            into = memory(part.tensor, part.chunk)
+            if into is not None:
+                into[:] = view
+
+    def _fill(self, file: File, start: int, into: memoryview, tensor: Tensor | None) -> None:
+        try:
+            got = self._storage.read_into(file.path, start, into)
+        except KeyMissing as error:
+            raise self._damage(f"{file.path} is missing", file, tensor) from error
+        if got != len(into):
+            raise self._damage(f"{file.path} ends at byte {start + got}, before byte {start + len(into)}", file, tensor)
+
+    def _check(self, file: File, part: Part, index: int, block: memoryview) -> None:
+        if block_digest(block) != part.chunk.digests[index]:
+            start = part.chunk.start + index * self._manifest.block_nbytes
+            raise self._damage(
+                f"{file.path} is damaged: tensor {part.tensor.name!r}, bytes {start} to {start + len(block)}",
+                file,
+                part.tensor,
+            )
+
+    def _damage(self, what: str, file: File, tensor: Tensor | None = None) -> IntegrityError:
+        step = self._manifest.step
+        return IntegrityError(f"step {step}: {what}", step=step, file=file.path, tensor=tensor.name if tensor else None)
+
+
+def _spans(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Group neighbours so that no group reaches over more than `SPAN_NBYTES`, unless it is one large chunk."""
+    span: list[Part] = []
+    for part in parts:
+        if span and part.stop - span[0].chunk.start > SPAN_NBYTES:
+            yield span
+            span = []
+        span.append(part)
+    if span:
+        yield span

@@ -1,0 +1,152 @@
+"""The noun: a root, as a reader sees it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import cast
+
+from ckptman.errors import CheckpointNotFound, FormatError, IntegrityError
+from ckptman.format.catalog import Entry
+from ckptman.format.digest import sha256
+from ckptman.format.manifest import MAX_MANIFEST_NBYTES, Manifest, read_manifest
+from ckptman.format.metrics import metrics_from_json
+from ckptman.format.names import manifest_key
+from ckptman.repository.head import Head, read_head
+from ckptman.repository.keep import Mode, ranked
+from ckptman.repository.ownership import refuse_unlisted
+from ckptman.storage.base import KeyMissing, Storage
+from ckptman.types import Checkpoint
+
+Which = int | str
+
+
+class DamagedCheckpointWarning(UserWarning):
+    """A damaged checkpoint or catalog record was passed over."""
+
+
+class Repository:
+    """
+    A root and its checkpoints, read without a lock. Never writes.
+
+    Each call reads the catalog anew: one listing and one read, however many checkpoints there are.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def head(self) -> Head:
+        """
+        The newest whole record.
+
+        Warns (`DamagedCheckpointWarning`) if newer records are damaged.
+
+        Raises:
+            FormatError: There are checkpoints, but no readable record; or the root has a newer format.
+            StorageError: The catalog could not be read.
+        """
+        head = read_head(self.storage)
+        if head.record is None:
+            refuse_unlisted(self.storage)
+        for number in head.damaged:
+            warnings.warn(
+                f"catalog record {number} of {self.storage.url} is damaged and was passed over: the change that it "
+                "made is not visible until the next save or 'ckptman repair'",
+                DamagedCheckpointWarning,
+                stacklevel=3,
+            )
+        return head
+
+    def entries(self) -> tuple[Entry, ...]:
+        """What exists, oldest commit first. Raises as ``head`` does."""
+        record = self.head().record
+        return record.checkpoints if record else ()
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """What exists, oldest commit first. Raises as ``head`` does."""
+        return [self.checkpoint(entry) for entry in self.entries()]
+
+    def checkpoint(self, entry: Entry) -> Checkpoint:
+        """*entry* as people see it."""
+        return checkpoint_of(entry, self.storage.url)
+
+    def manifest(self, entry: Entry) -> Manifest:
+        """
+        The manifest of *entry*, checked against the digest that the catalog has of it.
+
+        Raises:
+            IntegrityError: It is missing, or its bytes differ from what was committed.
+            FormatError: It is of a newer format.
+        """
+        key = manifest_key(entry.attempt)
+        try:
+            data = self.storage.read(key, limit=MAX_MANIFEST_NBYTES)
+        except KeyMissing as error:
+            raise IntegrityError(f"step {entry.step}: {key} is missing", step=entry.step, file=key) from error
+        if sha256(data) != entry.manifest:
+            raise IntegrityError(
+                f"step {entry.step}: {key} is damaged: its sha256 is not the one in the catalog",
+                step=entry.step,
+                file=key,
+            )
+        return read_manifest(data, entry.attempt)
+
+
+def checkpoint_of(entry: Entry, url: str) -> Checkpoint:
+    """*entry* of the root at *url* as people see it."""
+    return Checkpoint(
+        step=entry.step,
+        created_at=entry.created_at,
+        metrics=metrics_from_json(entry.metrics),
+        tags=entry.tags,
+        nbytes=entry.nbytes,
+        new_nbytes=entry.new_nbytes,
+        world_size=entry.world_size,
+        components=entry.components,
+        url=f"{url.rstrip('/')}/{entry.attempt}",
+        preempted=entry.preempted,
+    )
+
+
+def find(entries: Sequence[Entry], which: Which, url: str) -> Entry:
+    """
+    The entry that *which* means: ``"latest"``, a step, ``"best:METRIC"``, ``"best:METRIC:max"``, or a tag.
+
+    Raises:
+        CheckpointNotFound: There is none.
+        TypeError, ValueError: *which* has no meaning.
+    """
+    if isinstance(which, bool) or not isinstance(which, (int, str)):
+        raise TypeError(f"which must be a step, 'latest', 'best:<metric>:<mode>' or a tag, got {which!r}")
+    if not entries:
+        raise CheckpointNotFound(f"{url} has no checkpoint")
+    if which == "latest":
+        return entries[-1]
+    if isinstance(which, str) and which.startswith("best:"):
+        return _best(entries, which.removeprefix("best:"), url)
+    for entry in entries:
+        if which == entry.step or which in entry.tags:
+            return entry
+    have = ", ".join(str(entry.step) for entry in entries[-10:])
+    what = f"step {which}" if isinstance(which, int) else f"checkpoint tagged {which!r}"
+    raise CheckpointNotFound(f"{url} has no {what}; it has steps {'… ' if len(entries) > 10 else ''}{have}")
+
+
+def _best(entries: Sequence[Entry], rule: str, url: str) -> Entry:
+    metric, colon, mode = rule.rpartition(":")
+    if not colon or mode not in ("min", "max"):
+        metric, mode = rule, "min"
+    first = next(iter(ranked([checkpoint_of(entry, url) for entry in entries], metric, cast(Mode, mode))), None)
+    if first is None:
+        names = sorted({name for entry in entries for name in entry.metrics})
+        raise CheckpointNotFound(
+            f"no checkpoint of {url} has the metric {metric!r}; there are: {', '.join(names) or '-'}"
+        )
+    return next(entry for entry in entries if entry.step == first.step)
+
+
+def damage(error: Exception) -> str | None:
+    """Why *error* means that a checkpoint is damaged; None if it means something else."""
+    if isinstance(error, IntegrityError | FormatError | KeyMissing):
+        return str(error)
+    return None

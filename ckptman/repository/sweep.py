@@ -1,0 +1,87 @@
+"""
+Deleting what no record lists or borrows.
+
+Who may delete what, and why it is safe:
+
+- What a commit of ours just dropped: the record without it is durable, and no later record can list it again.
+- Attempts of *older epochs* that no record lists: their writers are fenced and can never commit them.
+- Our own attempt of which we know that it failed.
+- Never "whatever is not in the newest record": a sweeper that slept would delete its successor's work.
+
+A reader may be in the middle of what is deleted. It reads the catalog again and finds its checkpoint gone.
+Only manifests and data files are deleted; whatever else lies in a root, or in an attempt's folder, is not ours.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from ckptman.errors import StorageError
+from ckptman.format.catalog import Record
+from ckptman.format.names import CATALOG, MANIFEST, Attempt, record_key
+from ckptman.repository.head import attempts, record_numbers
+from ckptman.storage.base import Storage
+
+_log = logging.getLogger("ckptman")
+
+KEPT_RECORDS = 100
+"""How many records stay, for ``ckptman log``, and as older truths to fall back to."""
+
+
+def tidy(storage: Storage, record: Record, candidates: Iterable[str]) -> None:
+    """
+    Sweep *candidates* and old records after *record* was committed.
+
+    A storage that fails here fails nothing: the commit stands, and what stays is swept by the next writer.
+    """
+    try:
+        sweep_attempts(storage, record, candidates)
+        sweep_records(storage, record)
+    except StorageError as error:
+        _log.warning("%s: could not delete what is no longer needed, the next writer will: %s", storage.url, error)
+
+
+def unlisted(storage: Storage, record: Record) -> list[str]:
+    """Attempts that *record* does not list and that its writer may therefore sweep: those of older epochs."""
+    listed = {entry.attempt for entry in record.checkpoints}
+    return [name for name in attempts(storage) if name not in listed and _epoch(name) < record.writer.epoch]
+
+
+def _epoch(name: str) -> int:
+    attempt = Attempt.parse(name)
+    assert attempt is not None
+    return attempt.epoch
+
+
+def sweep_attempts(storage: Storage, record: Record, candidates: Iterable[str]) -> int:
+    """
+    Delete the files of *candidates* that *record* neither lists nor borrows; return their bytes.
+
+    The manifest goes first, so that a sweep that was cut short never leaves what looks complete.
+    """
+    listed = {entry.attempt for entry in record.checkpoints}
+    borrowed = {key for entry in record.checkpoints for key in entry.borrows}
+    swept = 0
+    for attempt in candidates:
+        if attempt in listed:
+            continue
+        garbage = [
+            stored
+            for stored in storage.listing(attempt)
+            if stored.key not in borrowed and _is_ours(stored.key.removeprefix(f"{attempt}/"))
+        ]
+        garbage.sort(key=lambda stored: not stored.key.endswith(f"/{MANIFEST}"))
+        storage.delete([stored.key for stored in garbage])
+        swept += sum(stored.nbytes for stored in garbage)
+    return swept
+
+
+def _is_ours(name: str) -> bool:
+    return name == MANIFEST or (name.endswith(".safetensors") and "/" not in name)
+
+
+def sweep_records(storage: Storage, record: Record) -> None:
+    """Delete records that are more than `KEPT_RECORDS` below *record*, lowest first, and torn temporary files."""
+    storage.delete([record_key(n) for n in record_numbers(storage) if n <= record.number - KEPT_RECORDS])
+    storage.remove_temporaries(CATALOG)

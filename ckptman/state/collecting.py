@@ -1,0 +1,186 @@
+"""Capturing one component: its tensors become leaves, the rest typed values that refer to them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.parameter import Parameter
+
+from ckptman.errors import UnsupportedState
+from ckptman.format.numpy_values import is_inline
+from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, to_json
+from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
+from ckptman.state.tensors import TieKey, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
+
+_SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaf:
+    """
+    One tensor of a checkpoint.
+
+    Attributes:
+        name: ``<component>/<name inside>``, unique in the checkpoint.
+        tensor: Detached and strided, without conjugate or negative bit; on any device; perhaps not contiguous. It
+            shares the memory of the live object where there is one, so it changes when training goes on.
+    """
+
+    name: str
+    tensor: torch.Tensor
+
+
+class Collector:
+    """
+    Takes the tensors out of one component.
+
+    A tensor met twice (tied weights) is stored once; its other names are ``aliases``.
+
+    Attributes:
+        component: The name of the component: the prefix of its tensors and the beginning of every path.
+        members: ``id`` of a parameter → its names in the state, for optimizers.
+        leaves, aliases: What was collected.
+    """
+
+    def __init__(self, component: str, members: Mapping[int, tuple[str, ...]]) -> None:
+        self.component = component
+        self.members = members
+        self.leaves: list[Leaf] = []
+        self.aliases: dict[str, str] = {}
+        self._notes: dict[str, Note] = {}
+        self._taken: set[str] = set()
+        # the tensors are kept beside their keys: an id or address stays theirs only while they live
+        self._seen: dict[TieKey, tuple[TensorRef, torch.Tensor]] = {}
+
+    def document(self, tree: object) -> bytes:
+        """
+        Encode *tree*, the component's state, taking out the tensors that are still in it.
+
+        Raises:
+            UnsupportedState: Something in it cannot be saved; the path says what.
+        """
+        state = to_json(tree, self.component, self._extract)
+        if not self._notes:
+            return b'{"state":%s}' % state
+        notes = {name: note.to_tree() for name, note in self._notes.items()}
+        return b'{"state":%s,"notes":%s}' % (state, to_json(notes, f"{self.component} (metadata)", self._extract))
+
+    def tensor(self, name: str, tensor: torch.Tensor, path: str, *, anchored: bool = False) -> TensorRef:
+        """
+        Take *tensor* under the *name* (without the component), or under the one that it has already.
+
+        Args:
+            name: Made unique by a suffix if it is taken.
+            tensor: Strided or sparse.
+            path: Where it is in the state, for messages.
+            anchored: Whether the live tensor will be there on restore, so that a subclass may be taken apart, and
+                nothing need be noted that the live one knows.
+
+        Raises:
+            UnsupportedState: It is of a kind that cannot be saved.
+        """
+        check_savable(tensor, path)
+        if not is_plain(tensor):
+            if not anchored:
+                raise refused_subclass(tensor, path)
+            return self._parts(self._unique(name), take_subclass_apart(tensor, path), tensor, path, anchored=anchored)
+        if tensor.layout != torch.strided:
+            return self._parts(self._unique(name), take_apart(tensor), tensor, path, anchored=anchored)
+        return self._strided(name, tensor, anchored=anchored)
+
+    def _strided(self, name: str, tensor: torch.Tensor, *, anchored: bool) -> TensorRef:
+        key = (*tie_key(tensor), type(tensor), tensor.requires_grad)
+        full = self._unique(name)
+        if key in self._seen:
+            ref = self._seen[key][0]
+            self.aliases[full] = ref.name
+            return ref
+        self._seen[key] = TensorRef(full), tensor
+        self.leaves.append(Leaf(name=full, tensor=plain_view(tensor)))
+        if not anchored:
+            self._note(full, tensor, Parts(layout=STRIDED, tensors={}), {})
+        return TensorRef(full)
+
+    def _parts(self, full: str, parts: Parts, tensor: torch.Tensor, path: str, *, anchored: bool) -> TensorRef:
+        inner = full.removeprefix(f"{self.component}/")
+        refs = {
+            part: self.tensor(f"{inner}/{part}", value, f"{path}.{part}", anchored=anchored)
+            for part, value in parts.tensors.items()
+        }
+        self._note(full, tensor, parts, {part: ref.name for part, ref in refs.items()})
+        return TensorRef(full)
+
+    def _note(self, full: str, tensor: torch.Tensor, parts: Parts, names: dict[str, str]) -> None:
+        note = Note(
+            layout=parts.layout,
+            shape=tuple(tensor.shape) if names else (),
+            parts=names,
+            facts=parts.facts,
+            device=None if tensor.device.type == "cpu" else str(tensor.device),
+            requires_grad=tensor.requires_grad,
+            parameter=isinstance(tensor, Parameter),
+        )
+        if note.to_tree():
+            self._notes[full] = note
+
+    def _array(self, name: str, array: np.ndarray) -> ArrayRef:
+        plain = np.ascontiguousarray(array).reshape(array.shape)
+        if not plain.flags.writeable:
+            plain = plain.copy()  # torch would warn of it
+        full = self._unique(name)
+        if is_torch_dtype(plain.dtype):
+            self.leaves.append(Leaf(name=full, tensor=torch.from_numpy(plain)))
+        else:
+            self.leaves.append(Leaf(name=full, tensor=torch.from_numpy(plain.reshape(-1).view(np.uint8))))
+            self._notes[full] = Note(layout=ARRAY, shape=plain.shape, facts={"dtype": plain.dtype})
+        return ArrayRef(full)
+
+    def _extract(self, value: object, path: str) -> Marker | None:
+        if isinstance(value, TensorRef):
+            return value  # taken already
+        if isinstance(value, torch.Tensor):
+            return self.tensor(self._name_of(path), value, path)
+        if isinstance(value, torch.dtype) and is_storable(value):
+            return TorchDtype(dtype_name(value))
+        if isinstance(value, torch.device):
+            return TorchDevice(str(value))
+        if isinstance(value, torch.Size):
+            return TorchSize(tuple(value))
+        if type(value) is np.ndarray and value.ndim <= 64 and not value.dtype.hasobject and not is_inline(value):
+            return self._array(self._name_of(path), value)
+        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState) or hasattr(
+            value, "load_state_dict"
+        ):
+            kind = type(value).__name__
+            raise UnsupportedState(
+                f"cannot save {path}: a {kind} can be saved as a component of its own, not within another: put it "
+                f"into the state under a name, as in {{'{kind.lower()}': …}}",
+                path=path,
+            )
+        return None
+
+    def _name_of(self, path: str) -> str:
+        """A name for the tensor at *path*: ``ema['w'][0]`` gives ``w.0``."""
+        inner = _SUBSCRIPT.sub(r".\1\2\3", path.removeprefix(self.component)).lstrip(".")
+        return inner.removeprefix("entries.").removeprefix("state.") or "value"
+
+    def _unique(self, name: str) -> str:
+        full, count = f"{self.component}/{name}", 1
+        while full in self._taken:
+            count += 1
+            full = f"{self.component}/{name}~{count}"
+        self._taken.add(full)
+        return full
+
+
+def is_torch_dtype(dtype: np.dtype) -> bool:
+    """Whether a NumPy array of *dtype* can be seen as a tensor without touching its bytes."""
+    return dtype in _SHARED
+
+
+# np.dtype compares byte orders too
+_SHARED = frozenset(np.dtype(code) for code in "?bBhHiIlLqQefdFD")

@@ -1,0 +1,132 @@
+"""The checkpoint's side of a restore: what is stored of one component."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+
+from ckptman.errors import FormatError
+from ckptman.format.manifest import Manifest, Tensor
+from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, from_json
+from ckptman.state.layouts import ARRAY, SUBCLASS, Note, take_subclass_apart
+from ckptman.state.tensors import dtype_name, dtype_of, is_plain
+
+Document = TypeVar("Document")
+
+
+class _Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    state: Any
+    notes: dict[str, Note] = {}
+
+
+class Stored:
+    """
+    One component of a checkpoint.
+
+    Attributes:
+        name, kind: As the manifest has them.
+        tree: Its state; `TensorRef` and `ArrayRef` stand in the places of tensors and arrays.
+        tensors: All tensors of the checkpoint, by name.
+    """
+
+    def __init__(self, manifest: Manifest, name: str, tensors: Mapping[str, Tensor]) -> None:
+        component = manifest.components[name]
+        self.name = name
+        self.kind = component.kind
+        self.tensors = tensors
+        whole = _convert(from_json(bytes(component.values), _resolve), _Component, name)
+        self.tree = whole.state
+        self._notes = whole.notes
+
+    def read(self, kind: type[Document]) -> Document:
+        """The tree as the document *kind*. Raises FormatError if it is none."""
+        return _convert(self.tree, kind, self.name)
+
+    def note(self, ref: TensorRef | ArrayRef) -> Note:
+        """What is noted of *ref*. Raises FormatError if it is not the name of a tensor of this component."""
+        note = self._notes.get(ref.name, _PLAIN)
+        leaves = note.parts.values() if note.parts else (ref.name,)
+        for leaf in leaves:
+            known = leaf in self.tensors or (note.layout == SUBCLASS and leaf in self._notes)
+            if not known or not leaf.startswith(f"{self.name}/"):
+                raise FormatError(f"the values of {self.name!r} refer to a tensor {leaf!r} that it does not have")
+        return note
+
+    def agrees(self, ref: TensorRef, live: torch.Tensor) -> bool:
+        """Whether *live* can hold exactly what is stored as *ref*: class, layout, dtype, shape."""
+        note = self.note(ref)
+        if note.layout == SUBCLASS:
+            return not is_plain(live) and self._subclass_agrees(note, live)
+        if not is_plain(live) or str(live.layout) != f"torch.{note.layout}":
+            return False
+        values = self.tensors[note.parts["values"] if note.parts else ref.name]
+        shape = note.shape if note.parts else values.shape
+        if tuple(live.shape) != shape or dtype_name(live.dtype) != values.dtype:
+            return False
+        return note.layout != "sparse_coo" or live.sparse_dim() == self.tensors[note.parts["indices"]].shape[0]
+
+    def _subclass_agrees(self, note: Note, live: torch.Tensor) -> bool:
+        apart = take_subclass_apart(live, self.name)
+        return (
+            tuple(live.shape) == note.shape
+            and apart.facts == note.facts
+            and apart.tensors.keys() == note.parts.keys()
+            and all(self.agrees(TensorRef(note.parts[part]), inner) for part, inner in apart.tensors.items())
+        )
+
+    def array_agrees(self, ref: ArrayRef, live: np.ndarray) -> bool:
+        """Whether *live* can hold exactly what is stored as *ref*: dtype and shape, and is writable."""
+        dtype, shape = self.array_type(ref)
+        return live.flags.writeable and live.dtype == dtype and live.shape == shape
+
+    def array_type(self, ref: ArrayRef) -> tuple[np.dtype, tuple[int, ...]]:
+        """The dtype and shape of the array *ref*. Raises FormatError where it is not one."""
+        note = self.note(ref)
+        if note.layout == ARRAY and isinstance(dtype := note.facts.get("dtype"), np.dtype):
+            return dtype, note.shape
+        stored = self.tensors[ref.name]
+        try:
+            return np.dtype(stored.dtype), stored.shape
+        except TypeError as error:
+            raise FormatError(f"the array {ref.name!r} is stored as {stored.dtype}, which NumPy has not") from error
+
+    def describe(self, ref: TensorRef) -> str:
+        """What is stored as *ref*, for people; as `tensors.describe` says it of a live tensor."""
+        note = self.note(ref)
+        if note.layout == SUBCLASS:
+            return f"{note.facts.get('class')} {list(note.shape)} with {note.facts.get('metadata')}"
+        values = self.tensors[note.parts["values"] if note.parts else ref.name]
+        return (
+            f"{note.layout} {values.dtype} {list(note.shape)}" if note.parts else f"{values.dtype} {list(values.shape)}"
+        )
+
+
+_PLAIN = Note()
+
+
+def _convert(tree: object, kind: type[Document], name: str) -> Document:
+    try:
+        return msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise FormatError(f"the values of {name!r} are not as its kind demands: {error}") from error
+
+
+def _resolve(marker: Marker) -> object:
+    """Torch's own small objects for their markers; tensors and arrays stay markers until they are placed."""
+    if isinstance(marker, TorchDtype):
+        return dtype_of(marker.name)
+    if isinstance(marker, TorchSize):
+        return torch.Size(marker.sizes)
+    return device_of(marker.name) if isinstance(marker, TorchDevice) else marker
+
+
+def device_of(name: str) -> torch.device:
+    """The device that torch calls *name*, whether it is there or not. Raises FormatError."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise FormatError(f"{name!r:.80} is not a device that this torch knows") from error

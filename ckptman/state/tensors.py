@@ -1,0 +1,185 @@
+"""
+Single tensors: their bytes, their types, which of them cannot be saved, and how to write into one that lives.
+
+What torch can express and a file cannot (views, ties, conjugate bits, layouts) is dealt with here or in
+`ckptman.state.layouts`; above, a tensor is a name, a dtype, a shape and its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn.parameter import Parameter, is_lazy
+
+from ckptman.errors import UnsupportedState
+from ckptman.format.dtypes import DTYPES
+
+_BY_NAME: dict[str, torch.dtype] = {
+    name: dtype for name in DTYPES if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+}
+_BY_DTYPE = {dtype: name for name, dtype in _BY_NAME.items()}
+
+# torch can hold these, but has no kernel that copies them: their bits are copied as bytes
+_WITHOUT_COPY = frozenset(
+    dtype
+    for name, dtype in _BY_NAME.items()
+    if DTYPES[name].itemsize == 1 and name.rstrip("1234567") in ("int", "uint")
+)
+
+TieKey = tuple[object, ...]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How the format calls *dtype*: ``float32``. Raises UnsupportedState for a dtype that the format cannot hold."""
+    name = _BY_DTYPE.get(dtype)
+    if name is None:
+        raise UnsupportedState(f"tensors of {dtype} cannot be saved: the format has no such element type")
+    return name
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype that the format calls *name*. Raises UnsupportedState where the running torch has none."""
+    dtype = _BY_NAME.get(name)
+    if dtype is None:
+        raise UnsupportedState(f"this torch ({torch.__version__}) has no dtype {name!r}: install a newer torch")
+    return dtype
+
+
+def is_storable(dtype: torch.dtype) -> bool:
+    """Whether the format can hold *dtype*."""
+    return dtype in _BY_DTYPE
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """
+    The bytes of *tensor* in row-major order, as a view: no copy, and writing into it writes into the tensor.
+
+    Args:
+        tensor: On the CPU and contiguous, without a conjugate or negative bit; any dtype, 0-dim and empty ones too.
+
+    Raises:
+        ValueError: *tensor* is none of that.
+    """
+    if tensor.device.type != "cpu" or not is_row_major(tensor):
+        raise ValueError(f"only contiguous CPU tensors have their bytes in order, got {describe(tensor)}")
+    array: np.ndarray = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return array.data
+
+
+def is_row_major(tensor: torch.Tensor) -> bool:
+    """Whether the memory of *tensor* is its elements in row-major order, as they are."""
+    return tensor.layout == torch.strided and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether *tensor* is of torch's own classes and not of a subclass."""
+    return type(tensor) is torch.Tensor or type(tensor) is Parameter
+
+
+def plain_view(tensor: torch.Tensor) -> torch.Tensor:
+    """
+    *tensor* detached and without conjugate and negative bits. Shares its memory, except where a bit had to be
+    resolved, and where a dtype without a copy kernel is not contiguous.
+    """
+    detached = tensor.detach().resolve_conj().resolve_neg()
+    if detached.dtype in _WITHOUT_COPY and not detached.is_contiguous():
+        return detached.view(torch.uint8).contiguous().view(detached.dtype)
+    return detached
+
+
+def tie_key(tensor: torch.Tensor) -> TieKey:
+    """Equal for two live strided tensors that are one: the same elements of the same memory, read the same way."""
+    if tensor.numel() == 0:
+        return (id(tensor),)
+    storage = tensor.untyped_storage().data_ptr()
+    place = (tensor.device, storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (*place, tensor.is_conj(), tensor.is_neg())
+
+
+def overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may share memory (an expanded tensor, a sliding window): such cannot be written to."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return tensor.numel() > 0
+            reach += stride * (size - 1)
+    return False
+
+
+def is_fillable(tensor: torch.Tensor) -> bool:
+    """Whether a reader may write into *tensor*, from any thread, what its bytes are to be."""
+    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or overlaps_itself(tensor)) and (
+        tensor.dtype not in _WITHOUT_COPY or tensor.is_contiguous()
+    )
+
+
+def fresh(
+    dtype: torch.dtype, shape: tuple[int, ...], *, device: torch.device, like: torch.Tensor | None
+) -> torch.Tensor:
+    """An uninitialised tensor, in the memory format of *like* where that has the same shape."""
+    if like is None or not is_plain(like) or like.layout != torch.strided or tuple(like.shape) != shape:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.empty_like(like.detach(), dtype=dtype, device=device)
+
+
+def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
+    """
+    Give *live* the values of *source*, of equal dtype and shape.
+
+    The object stays; where it cannot be written to (expanded, sparse), its memory is exchanged.
+    """
+    with torch.inference_mode(live.is_inference()), torch.no_grad():
+        if live.layout != torch.strided or overlaps_itself(live):
+            live.data = source.to(live.device)
+        elif live.dtype in _WITHOUT_COPY:
+            live.detach().view(torch.uint8).copy_(source.view(torch.uint8))
+        else:
+            live.detach().copy_(source)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """*tensor* for people: ``float32 [4, 3]``, and what else is special about it."""
+    layout = "" if tensor.layout == torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
+    name = "" if is_plain(tensor) else f"{type(tensor).__name__} "
+    return f"{name}{layout}{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_savable(tensor: torch.Tensor, path: str) -> None:
+    """
+    Return if *tensor* has bytes that can be saved (subclasses are judged elsewhere).
+
+    Raises:
+        UnsupportedState: It has not; the message says what to do.
+    """
+    for applies, reason in _OBSTACLES:
+        if applies(tensor):
+            raise UnsupportedState(f"cannot save {path}: {reason}", path=path)
+
+
+def _is_of(*packages: str) -> Callable[[torch.Tensor], bool]:
+    """Whether a tensor's class comes from one of *packages*: asked by name, so that none has to be imported."""
+    return lambda tensor: any(kind.__module__.startswith(packages) for kind in type(tensor).__mro__)
+
+
+_OBSTACLES: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
+    (is_lazy, "the lazy parameter has no shape yet. Run one batch through the module before the first save or restore"),
+    (
+        _is_of("torch.distributed.tensor", "torch.distributed._tensor"),
+        "a DTensor is spread over several processes. Pass its full_tensor(), or train without sharding",
+    ),
+    (_is_of("torch._subclasses"), "a fake tensor has no data. Leave the FakeTensorMode before saving"),
+    (
+        lambda tensor: tensor.is_nested,
+        "a nested tensor has no single shape. Save nested.unbind() as a list, or nested.to_padded_tensor(0)",
+    ),
+    (
+        lambda tensor: tensor.is_quantized,
+        "it is of a legacy quantised type. Save tensor.int_repr() with its scale and zero point",
+    ),
+    (lambda tensor: tensor.is_meta, "a meta tensor has no data. Materialise it first: module.to_empty(device=…)"),
+    (lambda tensor: tensor.is_mkldnn, "the mkldnn layout is opaque. Save tensor.to_dense()"),
+    (lambda tensor: not is_storable(tensor.dtype), "the format does not have its element type. Convert the tensor"),
+)

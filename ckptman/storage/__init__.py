@@ -1,0 +1,1 @@
+"""Ground floor: bytes by key. Knows nothing of checkpoints."""

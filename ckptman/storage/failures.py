@@ -1,0 +1,44 @@
+"""The border where the operating system's errors become ours: what failed, where, and what to do about it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptman.errors import StorageError
+from ckptman.storage.base import KeyExists, KeyMissing
+
+_HINTS = {
+    errno.ENOSPC: "the disk is full: free some space, or keep fewer checkpoints",
+    getattr(errno, "EDQUOT", -1): "your quota is used up: free some space, or keep fewer checkpoints",
+    errno.EROFS: "this filesystem is mounted read-only",
+    errno.EACCES: "this user may not do that here: check owner and mode of the folder",
+    errno.EPERM: "this user may not do that here: check owner and mode of the folder",
+    errno.ENOTDIR: "a file lies where a folder is needed: is the root itself a file?",
+    errno.ELOOP: "a symbolic link lies there, and below the root none is followed: put the file itself there",
+    errno.ENOENT: "the folder, or the whole root, is gone: was it removed meanwhile?",
+    errno.EIO: "the device reports a failure: look at the system's log before trusting it again",
+}
+_GONE = frozenset({errno.ENOENT, getattr(errno, "ESTALE", errno.ENOENT)})
+
+
+@contextmanager
+def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
+    """
+    Turn an `OSError` of the block into a `StorageError` that says what *doing* was for and what may help.
+
+    With *missing*, the block reads *key*, so that a name that is not there is `KeyMissing`. (So is ``ESTALE``: the
+    file was removed on the NFS server after we found its name.)
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileExistsError as error:
+        raise KeyExists.from_os(error, doing, key) from error
+    except OSError as error:
+        if missing and error.errno in _GONE:
+            raise KeyMissing.from_os(error, doing, key) from error
+        hint = _HINTS.get(error.errno or 0)
+        raise StorageError.from_os(error, f"{doing} ({hint})" if hint else doing, key) from error

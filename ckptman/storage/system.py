@@ -1,0 +1,127 @@
+"""
+The operating-system calls that `LocalStorage` makes, one method each, and no decisions.
+
+This is the seam where `ckptman.testing` injects faults, kills the process and records what a power loss could take:
+whatever LocalStorage does to a disk goes through here. All paths are absolute.
+"""
+
+# This is where the system's own functions are called.
+# ruff: noqa: PTH102, PTH106, PTH108
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+import sys
+from io import FileIO
+
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_FSYNC_OF_DIRECTORIES = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+
+class System:
+    """The real system. Raises the `OSError` that it got, never ours."""
+
+    def nonce(self) -> str:
+        """16 hex digits that no other call, process or machine gets."""
+        return secrets.token_hex(8)
+
+    def real_path(self, path: str) -> str:
+        """*path*, absolute and without symbolic links, as far as it exists."""
+        return os.path.realpath(path)
+
+    # what changes the disk
+
+    def open_new(self, path: str) -> FileIO:
+        """Create *path* and open it unbuffered for writing; its mode follows the umask. `FileExistsError` if taken."""
+        # The builtin, because tools that test for crashes watch it; EXCL refuses a symbolic link by itself.
+        return open(path, "xb", buffering=0, opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW, 0o666))
+
+    def write(self, file: FileIO, data: memoryview) -> int:
+        """Write some of *data*; return how many bytes."""
+        return file.write(data)
+
+    def fsync(self, file: FileIO) -> None:
+        """Return once the bytes of *file* are on the disk."""
+        if sys.platform == "darwin":
+            import fcntl
+
+            try:
+                fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
+                    raise
+            else:
+                return  # there, fsync alone leaves the bytes in the drive's cache
+        os.fsync(file)
+
+    def close(self, file: FileIO) -> None:
+        """Close *file*. A network filesystem may report here that it lost what was written."""
+        file.close()
+
+    def link(self, source: str, target: str) -> None:
+        """Give the file *source* the second name *target*. `FileExistsError` if taken."""
+        os.link(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Remove the name *path*; of a symbolic link, the link itself."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """Make the directory *path*; its mode follows the umask."""
+        os.mkdir(path)
+
+    def rmdir(self, path: str) -> None:
+        """Remove the directory *path* if it is empty."""
+        os.rmdir(path)
+
+    def fsync_dir(self, path: str) -> None:
+        """
+        Return once the names in the directory *path* are on the disk.
+
+        Does nothing on Windows, nor on a filesystem that has no such call: those look after names themselves, or
+        nobody can make them.
+        """
+        if sys.platform == "win32":
+            return
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _NO_FOLLOW)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FSYNC_OF_DIRECTORIES:
+                raise
+        finally:
+            os.close(descriptor)
+
+    # what only looks
+
+    def open_read(self, path: str) -> FileIO:
+        """Open *path* unbuffered for reading. ``ELOOP`` if it is a symbolic link; a planted FIFO does not block."""
+        if not hasattr(os, "O_NOFOLLOW") and stat.S_ISLNK(os.lstat(path).st_mode):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        flags = _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0)
+        return open(path, "rb", buffering=0, opener=lambda name, wanted: os.open(name, wanted | flags))
+
+    def read_into(self, file: FileIO, start: int, into: memoryview) -> int:
+        """Read from byte *start* on into *into*; return how many bytes, 0 only at the end of the file."""
+        file.seek(start)
+        return file.readinto(into)
+
+    def fstat(self, file: FileIO) -> os.stat_result:
+        """What *file* is, and how large."""
+        return os.fstat(file.fileno())
+
+    def lstat(self, path: str) -> os.stat_result:
+        """What lies at *path*, without following a symbolic link."""
+        return os.lstat(path)
+
+    def scan(self, path: str) -> list[os.DirEntry[str]]:
+        """What lies in the directory *path*, in no order."""
+        with os.scandir(path) as entries:
+            return list(entries)
+
+
+SYSTEM = System()
+"""The one that everybody uses; it has no state."""
