@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 import time
 import warnings
 import weakref
@@ -21,7 +19,6 @@ import torch
 from ckptman.errors import (
     CheckpointNotFound,
     CkptmanError,
-    FormatError,
     IntegrityError,
     Preempted,
     SaveFailed,
@@ -355,7 +352,7 @@ class CheckpointManager:
         while entry := next((e for e in reversed(entries) if e.attempt not in skipped), None):
             try:
                 checkpoint = self._load(entry, only, strict)
-            except (IntegrityError, FormatError) as error:
+            except IntegrityError as error:
                 entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
                 if entry in entries:
                     skipped[entry.attempt] = self._pass_over(entry, error)
@@ -492,8 +489,7 @@ class CheckpointManager:
 
     def _drain(self, timeout: float | None = None) -> None:
         if self._pending is not None and os.getpid() == self._pid:
-            with contextlib.suppress(Exception) if timeout is None else contextlib.nullcontext():
-                self._pending._future.exception(timeout)
+            self._pending._future.exception(timeout)
 
     def _raise_uncollected(self) -> None:
         pending, self._pending = self._pending, None
@@ -554,7 +550,7 @@ def _weak_drain(manager: CheckpointManager) -> Callable[[], None]:
 
     def drain() -> None:
         alive = reference()
-        if alive is not None and threading.current_thread().name[:12] != "ckptman-save":
+        if alive is not None:
             alive._drain()
 
     return drain

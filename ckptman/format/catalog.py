@@ -12,9 +12,9 @@ from typing import Annotated
 import msgspec
 
 from ckptman.errors import FormatError
-from ckptman.format.manifest import Count, Manifest, Utc, check_data_key, check_utc
+from ckptman.format.manifest import Count, Manifest, Utc, check_utc
 from ckptman.format.metrics import JsonMetrics, check_metrics
-from ckptman.format.names import FORMAT, check_attempt, check_component, check_tag
+from ckptman.format.names import FORMAT, check_attempt, check_component, check_data_key, check_tag
 from ckptman.format.sealed import seal, unseal
 from ckptman.storage.base import Buffer
 

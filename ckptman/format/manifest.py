@@ -8,10 +8,8 @@ vouches for its digest, since ``repair`` has nothing but the manifest.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from datetime import datetime
-from itertools import product
 from typing import Annotated
 
 import msgspec
@@ -20,13 +18,13 @@ from ckptman.errors import FormatError
 from ckptman.format.digest import ALGORITHM, BLOCK_NBYTES
 from ckptman.format.dtypes import DTYPES
 from ckptman.format.metrics import JsonMetrics, check_metrics
-from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_component
+from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_component, check_data_key
 from ckptman.format.sealed import seal, unseal
-from ckptman.storage.base import Buffer, check_key
+from ckptman.format.tiling import Box, tiles
+from ckptman.storage.base import Buffer
 
 MAX_MANIFEST_NBYTES = 1 << 30
 MAX_NDIM = 64
-MAX_SPLIT_NDIM = 8
 MAX_FILE_NBYTES = 1 << 62
 MAX_HEADER_NBYTES = 100_000_000
 """What the safetensors library accepts: room for about 500,000 tensors in one file."""
@@ -188,15 +186,6 @@ def check_utc(*times: datetime) -> None:
             raise ValueError(f"the time {time.isoformat()} is not in UTC")
 
 
-def check_data_key(key: str) -> str:
-    """Return *key* if it is that of a data file of an attempt. Raises FormatError."""
-    folder, _, name = check_key(key).partition("/")
-    check_attempt(folder)
-    if "/" in name or not name.endswith(".safetensors"):
-        raise FormatError(f"{key[:80]!r} is not a data file of an attempt")
-    return key
-
-
 def _check_file(file: File) -> None:
     check_data_key(file.path)
     if not 8 + file.header_nbytes <= file.nbytes <= MAX_FILE_NBYTES or file.header_nbytes > MAX_HEADER_NBYTES:
@@ -222,8 +211,9 @@ def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
         stored += chunk.nbytes
     if stored != tensor.nbytes:
         raise FormatError(f"tensor {tensor.name!r} needs {tensor.nbytes} bytes, its chunks have {stored}")
-    if len(tensor.chunks) > 1:
-        _check_tiling(tensor)
+    boxes = [box_of(chunk, tensor) for chunk in tensor.chunks if chunk.nbytes]
+    if len(boxes) > 1 and not tiles(boxes, tensor.shape):
+        raise FormatError(f"chunks of {tensor.name!r} overlap, and leave a part of it out")
 
 
 def _check_chunk(chunk: Chunk, tensor: Tensor, manifest: Manifest) -> None:
@@ -243,27 +233,6 @@ def _check_chunk(chunk: Chunk, tensor: Tensor, manifest: Manifest) -> None:
         raise FormatError(f"a chunk of {tensor.name!r} has {len(chunk.digests)} digests for {chunk.nbytes} bytes")
 
 
-def _check_tiling(tensor: Tensor) -> None:
-    """
-    Every element of *tensor* lies in exactly one chunk.
-
-    Boxes add up to the whole if and only if their corners do, each counted with the sign (-1)**(number of upper
-    ends): the corners are the mixed derivative of the function that counts the boxes over each element.
-    """
-    boxes = [box_of(chunk, tensor) for chunk in tensor.chunks if chunk.nbytes]
-    axes = [axis for axis, size in enumerate(tensor.shape) if any(shape[axis] != size for _, shape in boxes)]
-    if len(axes) > MAX_SPLIT_NDIM:
-        raise FormatError(f"tensor {tensor.name!r} is split in {len(axes)} dimensions, at most {MAX_SPLIT_NDIM} may be")
-    corners: defaultdict[tuple[int, ...], int] = defaultdict(int)
-    whole = ((0,) * len(tensor.shape), tensor.shape)
-    for weight, (offset, shape) in ((-1, whole), *((1, box) for box in boxes)):
-        spans = [((offset[axis], 1), (offset[axis] + shape[axis], -1)) for axis in axes]
-        for corner in product(*spans):
-            corners[tuple(place for place, _ in corner)] += weight * math.prod(sign for _, sign in corner)
-    if any(corners.values()):
-        raise FormatError(f"chunks of {tensor.name!r} overlap, and leave a part of it out")
-
-
 def _check_unique(what: str, names: Iterable[str]) -> frozenset[str]:
     seen: set[str] = set()
     for name in names:
@@ -273,7 +242,7 @@ def _check_unique(what: str, names: Iterable[str]) -> frozenset[str]:
     return frozenset(seen)
 
 
-def box_of(chunk: Chunk, tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The (offset, shape) of *chunk* within *tensor*."""
+def box_of(chunk: Chunk, tensor: Tensor) -> Box:
+    """Where *chunk* lies within *tensor*."""
     offset = (0,) * len(tensor.shape) if chunk.offset is None else chunk.offset
     return offset, tensor.shape if chunk.shape is None else chunk.shape

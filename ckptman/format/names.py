@@ -119,6 +119,15 @@ def data_key(attempt: str, component: str) -> str:
     return check_key(f"{attempt}/{component}.safetensors")
 
 
+def check_data_key(key: str) -> str:
+    """Return *key* if it is that of a data file of an attempt. Raises FormatError."""
+    folder, _, name = check_key(key).partition("/")
+    check_attempt(folder)
+    if "/" in name or not name.endswith(".safetensors"):
+        raise FormatError(f"{key[:80]!r} is not a data file of an attempt")
+    return key
+
+
 def record_key(number: int) -> str:
     """Where the catalog record with *number* lies."""
     return f"{CATALOG}/{number:012d}.json"

@@ -46,7 +46,7 @@ class Arena:
         for name, layout in layouts.items():
             image = self._memory[offset : offset + layout.nbytes]
             offset += _pages(layout.nbytes)
-            tensors = {leaf.name: leaf.tensor for leaf in captured[name].leaves}
+            tensors = _by_inner_name(captured[name].leaves)
             for placed in layout.tensors:
                 tensor = tensors[placed.name]
                 region = image[placed.start : placed.start + placed.nbytes]
@@ -74,7 +74,17 @@ def unstaged(captured: Mapping[str, Captured]) -> list[Staged]:
 
 
 def _layout(leaves: Sequence[Leaf]) -> Layout:
-    return lay_out([Wanted(name=x.name, dtype=dtype_name(x.tensor.dtype), shape=tuple(x.tensor.shape)) for x in leaves])
+    return lay_out(
+        [
+            Wanted(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+            for name, tensor in _by_inner_name(leaves).items()
+        ]
+    )
+
+
+def _by_inner_name(leaves: Sequence[Leaf]) -> dict[str, torch.Tensor]:
+    """Under their names within the component, which other tools will see in the file."""
+    return {leaf.name.partition("/")[2]: leaf.tensor for leaf in leaves}
 
 
 def _pages(nbytes: int) -> int:
@@ -86,7 +96,7 @@ def _slices(image: memoryview) -> Callable[[Placed], memoryview]:
 
 
 def _live(leaves: Sequence[Leaf]) -> Callable[[Placed], memoryview]:
-    tensors = {leaf.name: leaf.tensor for leaf in leaves}
+    tensors = _by_inner_name(leaves)
 
     def bytes_of(placed: Placed) -> memoryview:
         tensor = tensors[placed.name]

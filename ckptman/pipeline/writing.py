@@ -33,7 +33,7 @@ def write_files(storage: Storage, attempt: str, staged: Sequence[Staged]) -> tup
             with storage.open_new(path) as out:
                 written = _write_file(out, one, beside)
             files.append(one.layout.file(path))
-            tensors += [_described(placed, sums, len(files) - 1) for placed, sums in written]
+            tensors += [_described(one.component, placed, sums, len(files) - 1) for placed, sums in written]
     return files, tensors
 
 
@@ -59,7 +59,7 @@ def _write_file(out: NewFile, staged: Staged, beside: ThreadPoolExecutor) -> lis
     return written
 
 
-def _described(placed: Placed, sums: tuple[str, ...], file: int) -> Tensor:
-    key = placed.key if placed.key != placed.name.partition("/")[2] else None
+def _described(component: str, placed: Placed, sums: tuple[str, ...], file: int) -> Tensor:
+    key = placed.key if placed.key != placed.name else None
     chunk = Chunk(file=file, start=placed.start, nbytes=placed.nbytes, digests=sums, key=key)
-    return Tensor(name=placed.name, dtype=placed.dtype, shape=placed.shape, chunks=(chunk,))
+    return Tensor(name=f"{component}/{placed.name}", dtype=placed.dtype, shape=placed.shape, chunks=(chunk,))

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 from ckptman.errors import CommitUnknown, Fenced, FormatError, StorageError
 from ckptman.format.catalog import MAX_RECORD_NBYTES, Entry, Record, Writer, read_record, write_record
 from ckptman.format.digest import sha256
-from ckptman.format.names import record_key
+from ckptman.format.names import CATALOG, record_key
 from ckptman.repository.adopt import adopt
 from ckptman.repository.head import Head, read_head, record_numbers
 from ckptman.storage.base import KeyExists, KeyMissing, NotDurable, Storage
@@ -103,7 +103,19 @@ def _put(storage: Storage, record: Record, data: bytes) -> bool:
     except StorageError as error:
         if not _holds(storage, record, error):
             raise
+        _persist(storage, record)
     return True
+
+
+def _persist(storage: Storage, record: Record) -> None:
+    """The put failed and yet landed; on a filesystem its name may still be in the air."""
+    try:
+        storage.persist([CATALOG, ""])
+    except StorageError as error:
+        raise CommitUnknown(
+            f"{record.change}: record {record.number} of {storage.url} is visible, but the storage failed to make it "
+            f"durable ({error}): it may vanish in a power loss"
+        ) from error
 
 
 def _holds(storage: Storage, record: Record, cause: StorageError) -> bool:

@@ -221,7 +221,8 @@ def _held(storage: Storage, timeout_s: float) -> LockTimeout:
     age = (utc_now() - writer.since).total_seconds()
     return LockTimeout(
         f"{storage.url} has a writer that did not go away within {timeout_s:g} s: host {writer.host}, "
-        f"pid {writer.pid}, for {age:.0f} s (since {writer.since:%Y-%m-%d %H:%M:%S} UTC). Wait for it, stop it, or use another root",
+        f"pid {writer.pid}, for {age:.0f} s (since {writer.since:%Y-%m-%d %H:%M:%S} UTC). "
+        "Wait for it, stop it, or use another root",
         host=writer.host,
         pid=writer.pid,
     )

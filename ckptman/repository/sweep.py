@@ -73,6 +73,7 @@ def sweep_attempts(storage: Storage, record: Record, candidates: Iterable[str]) 
         ]
         garbage.sort(key=lambda stored: not stored.key.endswith(f"/{MANIFEST}"))
         storage.delete([stored.key for stored in garbage])
+        storage.remove_temporaries(attempt)
         swept += sum(stored.nbytes for stored in garbage)
     return swept
 

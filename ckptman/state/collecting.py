@@ -11,7 +11,7 @@ import torch
 from torch.nn.parameter import Parameter
 
 from ckptman.errors import UnsupportedState
-from ckptman.format.numpy_values import is_inline
+from ckptman.format.numpy_values import is_inline, numpy_tree
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, to_json
 from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
 from ckptman.state.tensors import TieKey, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
@@ -144,24 +144,11 @@ class Collector:
             return value  # taken already
         if isinstance(value, torch.Tensor):
             return self.tensor(self._name_of(path), value, path)
-        if isinstance(value, torch.dtype) and is_storable(value):
-            return TorchDtype(dtype_name(value))
-        if isinstance(value, torch.device):
-            return TorchDevice(str(value))
-        if isinstance(value, torch.Size):
-            return TorchSize(tuple(value))
-        if type(value) is np.ndarray and value.ndim <= 64 and not value.dtype.hasobject and not is_inline(value):
+        if type(value) is np.ndarray and numpy_tree(value.dtype) is not None and not is_inline(value):
             return self._array(self._name_of(path), value)
-        if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState) or hasattr(
-            value, "load_state_dict"
-        ):
-            kind = type(value).__name__
-            raise UnsupportedState(
-                f"cannot save {path}: a {kind} can be saved as a component of its own, not within another: put it "
-                f"into the state under a name, as in {{'{kind.lower()}': …}}",
-                path=path,
-            )
-        return None
+        if isinstance(value, _LIVING) or hasattr(value, "load_state_dict"):
+            raise _not_inside(value, path)
+        return _small_marker(value)
 
     def _name_of(self, path: str) -> str:
         """A name for the tensor at *path*: ``ema['w'][0]`` gives ``w.0``."""
@@ -175,6 +162,26 @@ class Collector:
             full = f"{self.component}/{name}~{count}"
         self._taken.add(full)
         return full
+
+
+def _small_marker(value: object) -> Marker | None:
+    if isinstance(value, torch.dtype) and is_storable(value):
+        return TorchDtype(dtype_name(value))
+    if isinstance(value, torch.device):
+        return TorchDevice(str(value))
+    return TorchSize(tuple(value)) if isinstance(value, torch.Size) else None
+
+
+_LIVING = (torch.Generator, np.random.Generator, np.random.RandomState)
+
+
+def _not_inside(value: object, path: str) -> UnsupportedState:
+    kind = type(value).__name__
+    return UnsupportedState(
+        f"cannot save {path}: a {kind} can be saved as a component of its own, not within another: put it into the "
+        f"state under a name, as in {{'{kind.lower()}': …}}",
+        path=path,
+    )
 
 
 def is_torch_dtype(dtype: np.dtype) -> bool:

@@ -133,7 +133,8 @@ def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
     """
     with torch.inference_mode(live.is_inference()), torch.no_grad():
         if live.layout != torch.strided or overlaps_itself(live):
-            live.data = source.to(live.device)
+            # an inference tensor must stay one: a copy that is made here is
+            live.data = source.to(live.device, copy=live.is_inference())
         elif live.dtype in _WITHOUT_COPY:
             live.detach().view(torch.uint8).copy_(source.view(torch.uint8))
         else:

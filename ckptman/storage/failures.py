@@ -40,5 +40,10 @@ def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
     except OSError as error:
         if missing and error.errno in _GONE:
             raise KeyMissing.from_os(error, doing, key) from error
-        hint = _HINTS.get(error.errno or 0)
-        raise StorageError.from_os(error, f"{doing} ({hint})" if hint else doing, key) from error
+        raise StorageError.from_os(error, hinted(doing, error), key) from error
+
+
+def hinted(doing: str, error: OSError) -> str:
+    """*doing*, with what may help against *error* where we know."""
+    hint = _HINTS.get(error.errno or 0)
+    return f"{doing} ({hint})" if hint else doing

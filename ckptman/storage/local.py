@@ -16,8 +16,8 @@ What is linked was durable before it had its name, so a name that survives has i
 and on NFS alike, so two writers never both get a name.
 
 What an error leaves: before 4, no key. In 4, an answer may have been lost: if the name is taken, but the temporary file
-has two names, the link was ours. In 5, the key is there for readers, but a power loss may take it: ``create`` raises,
-and whoever then reads the key back must `persist` its folder before relying on it. In 6, nothing: the key is durable.
+has two names, the link was ours. In 5, the key is there for readers, but a power loss may take it: ``create`` raises
+`NotDurable`, and nobody may acknowledge it. In 6, nothing: the key is durable.
 
 Where the filesystem has no hard links, the name itself is created exclusively in place of 4, written, fsynced: still
 exclusive and durable, but a kill between leaves a torn value under the key. The catalog's digests catch that.
@@ -51,8 +51,8 @@ from io import FileIO
 from pathlib import Path
 
 from ckptman.errors import StorageError
-from ckptman.storage.base import Buffer, KeyExists, Stored, check_key, is_key
-from ckptman.storage.failures import reporting
+from ckptman.storage.base import Buffer, KeyExists, NotDurable, Stored, check_key, is_key
+from ckptman.storage.failures import hinted, reporting
 from ckptman.storage.local_file import NewLocalFile, write_all
 from ckptman.storage.local_folders import LocalFolders, folder_of, with_parents
 from ckptman.storage.system import SYSTEM, System
@@ -123,13 +123,13 @@ class LocalStorage:
             try:
                 linked = self._link(temporary, path, key=key)
                 if linked:
-                    self._system.fsync_dir(parent)
+                    self._persist_name(parent, key)
             finally:
                 with suppress(OSError):  # a leftover is the sweep's; it must hide neither success nor failure
                     self._system.unlink(temporary)
             if not linked:
                 self._write_durably(path, data)
-                self._system.fsync_dir(parent)
+                self._persist_name(parent, key)
 
     def open_new(self, key: str) -> NewLocalFile:
         """Begin a large file under the new *key*; readers see it grow. See `Storage.open_new`."""
@@ -142,6 +142,13 @@ class LocalStorage:
         for folder in folders:
             with self._in(folder, "persist") as path:
                 self._system.fsync_dir(path)
+
+    def _persist_name(self, parent: str, key: str) -> None:
+        try:
+            self._system.fsync_dir(parent)
+        except OSError as error:
+            doing = f"{key!r} in {self._url} is visible, but could not be made durable"
+            raise NotDurable.from_os(error, hinted(doing, error), key) from error
 
     def _write_durably(self, path: str, data: Buffer) -> None:
         """Create *path* with *data*, durable but for its name. Removes it again where that fails."""

@@ -55,9 +55,7 @@ def save(state: Mapping[str, object], *, rng: bool = False) -> Saved:
         world_size=1,
         metrics={},
         preempted=False,
-        components={
-            name: Component(kind=one.kind, values=msgspec.Raw(one.values)) for name, one in captured.items()
-        },
+        components={name: Component(kind=one.kind, values=msgspec.Raw(one.values)) for name, one in captured.items()},
         files=(file,),
         tensors=tuple(tensors),
         aliases={alias: name for one in captured.values() for alias, name in one.aliases.items()},

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from state_roundtrip import begin, fill, frozen, load, save
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from ckptman.errors import FormatError, StateMismatch, UnsupportedState
+from ckptman.format.manifest import Component
 from ckptman.state.capture import capture
 
 
@@ -273,7 +275,7 @@ def test_names_that_only_one_side_has() -> None:
 def test_a_renamed_prefix_and_another_size_are_guessed() -> None:
     """The two commonest causes are named; a long list is cut, but complete in the attribute."""
     saved = save({"model": nn.ModuleDict({"backbone": nn.Linear(2, 2)})})
-    with pytest.raises(StateMismatch, match="names of the checkpoint begin with 'backbone.'"):
+    with pytest.raises(StateMismatch, match=r"names of the checkpoint begin with 'backbone\.'"):
         begin({"model": nn.Linear(2, 2)}, saved)
     saved = save({"model": nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))})
     with pytest.raises(StateMismatch, match="built with other sizes") as mismatch:
@@ -308,10 +310,6 @@ def test_components_of_one_side_and_other_kinds() -> None:
 def test_values_that_do_not_belong_to_their_kind_are_refused() -> None:
     """A manifest whose values point at foreign or absent tensors, or are no document, is a FormatError."""
     saved = save({"model": nn.Linear(2, 2), "w": torch.ones(2, 2)})
-    import msgspec
-
-    from ckptman.format.manifest import Component
-
     good = bytes(saved.manifest.components["model"].values)
     for values in (
         good.replace(b"model/weight", b"w/value"),

@@ -66,7 +66,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Non
     for step in steps:
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step)).to(next(net.parameters()).dtype)
 
-        def closure() -> torch.Tensor:
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
             optimizer.zero_grad()
             loss = (net(x) - 1).float().square().mean()
             loss.backward()
@@ -127,6 +127,7 @@ def test_a_fresh_optimizer_is_captured_as_it_is(name: str) -> None:
 
 def test_moments_keep_their_own_dtype() -> None:
     """fp32 moments of bf16 parameters, and a step of float64, come back as they were, not cast."""
+
     def make_pair(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(seed)
         net = Net().bfloat16()
@@ -164,6 +165,7 @@ def test_state_that_torch_would_take_apart_comes_back() -> None:
 
 def test_parameters_are_matched_by_name_not_by_position() -> None:
     """Members of a group may have changed places, and modules too: every one gets its own moments."""
+
     def make_two(seed: int, *, swapped: bool) -> tuple[dict[str, object], list[nn.Parameter], torch.optim.Optimizer]:
         torch.manual_seed(seed)
         one, two = nn.Linear(4, 4), nn.Linear(4, 4)

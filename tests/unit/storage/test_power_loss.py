@@ -201,6 +201,11 @@ def test_what_is_gone_for_good_opens_no_questions() -> None:
     assert trees(Made("a", 1), Removed("a"), SyncedNames(""), Wrote(1, b"x"), Synced(1), Wrote(1, b"y")) == {()}
     journal = (Made("d", None), Made("d/a", 1), Removed("d/a"), Removed("d"), SyncedNames(""))
     assert trees(*journal) == {()}
+    gone: list[Entry] = []
+    for number in range(10):
+        gone += [Made(f"{number}", number), Removed(f"{number}"), SyncedNames(""), Wrote(number, b"xy")]
+    states = crash_states([*gone, Made("a", 10), Made("b", 11), Marked("end")], seed=0, limit_per_prefix=4)
+    assert {tuple(sorted(state.tree)) for state in states if state.acknowledged} == {(), ("a",), ("b",), ("a", "b")}
 
 
 def test_many_choices_are_sampled_by_seed() -> None:
