@@ -146,7 +146,7 @@ class Collector:
             return self.tensor(self._name_of(path), value, path)
         if type(value) is np.ndarray and numpy_tree(value.dtype) is not None and not is_inline(value):
             return self._array(self._name_of(path), value)
-        if isinstance(value, _LIVING) or hasattr(value, "load_state_dict"):
+        if isinstance(value, _LIVING) or (hasattr(value, "load_state_dict") and not isinstance(value, type)):
             raise _not_inside(value, path)
         return _small_marker(value)
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ckptman.errors import StateMismatch
+from ckptman.errors import FormatError, StateMismatch
 from ckptman.format.manifest import Tensor
 from ckptman.format.values import ArrayRef, TensorRef
 from ckptman.state.collecting import is_torch_dtype
@@ -94,8 +94,8 @@ class Filling:
         note = stored.note(ref)
         if live is not None:
             check_savable(live, ref.name)
-        if note.layout == SUBCLASS and live is not None:
-            return self._subclass(stored, note, live)
+        if note.layout == SUBCLASS:
+            return self._subclass(stored, ref, live)
         if note.parts:
             return self._sparse(stored, note, live, device)
         if live is not None and not self._claim(ref.name, live):
@@ -145,8 +145,11 @@ class Filling:
         self.targets[name] = target.detach()
         self._objects[name] = dress(target, note)
 
-    def _subclass(self, stored: Stored, note: Note, live: torch.Tensor) -> GiveTensor | None:
-        gives = [self.place(stored, TensorRef(name), getattr(live, part)) for part, name in note.parts.items()]
+    def _subclass(self, stored: Stored, ref: TensorRef, live: torch.Tensor | None) -> GiveTensor | None:
+        if live is None:
+            raise FormatError(f"{ref.name!r} is of a tensor subclass, in a place where none can be made")
+        parts = stored.note(ref).parts
+        gives = [self.place(stored, TensorRef(name), getattr(live, part)) for part, name in parts.items()]
         whole = [give for give in gives if give is not None]
         return _after(live, whole) if len(whole) == len(gives) else None
 

@@ -109,6 +109,13 @@ _COMPRESSED: dict[str, tuple[Callable[..., torch.Tensor], str, str]] = {
 }
 
 
+PARTS = {
+    "sparse_coo": {"indices", "values"},
+    **{layout: {outer, inner, "values"} for layout, (_, outer, inner) in _COMPRESSED.items()},
+}
+"""The names of the parts of every sparse layout."""
+
+
 def take_subclass_apart(tensor: torch.Tensor, path: str) -> Parts:
     """
     The parts of an instance of a tensor subclass, by its own ``__tensor_flatten__``.

@@ -9,7 +9,7 @@ import torch
 
 from ckptman.format.manifest import Manifest
 from ckptman.state.filling import Filling
-from ckptman.state.kinds import RNG, prepare_component
+from ckptman.state.kinds import GLOBAL_RNG, RNG, prepare_component
 from ckptman.state.optimizers import names_of_parameters
 from ckptman.state.rng import snapshot, untouched
 from ckptman.state.stored import Stored
@@ -89,8 +89,9 @@ def _lacking(name: str, filling: Filling) -> None:
 
 
 def _chosen(live: Mapping[str, object], manifest: Manifest, only: Collection[str] | None) -> list[str]:
-    saved_streams = {RNG} if RNG not in live else set()
-    known = [*live, *(name for name in manifest.components if name not in live and name not in saved_streams)]
+    # streams that nobody asked for are no component that the live state lacks
+    saved = [name for name, component in manifest.components.items() if component.kind != GLOBAL_RNG.name]
+    known = [*live, *(name for name in saved if name not in live)]
     if only is None:
         return known
     names = {only} if isinstance(only, str) else set(only)

@@ -12,7 +12,7 @@ import torch
 from ckptman.errors import FormatError
 from ckptman.format.manifest import Manifest, Tensor
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, from_json
-from ckptman.state.layouts import ARRAY, SUBCLASS, Note, take_subclass_apart
+from ckptman.state.layouts import ARRAY, PARTS, SUBCLASS, Note, take_subclass_apart
 from ckptman.state.tensors import dtype_name, dtype_of, is_plain
 
 Document = TypeVar("Document")
@@ -49,6 +49,8 @@ class Stored:
     def note(self, ref: TensorRef | ArrayRef) -> Note:
         """What is noted of *ref*. Raises FormatError if it is not the name of a tensor of this component."""
         note = self._notes.get(ref.name, _PLAIN)
+        if note.layout != SUBCLASS and note.parts.keys() != PARTS.get(note.layout, set()):
+            raise FormatError(f"{ref.name!r} has the parts {sorted(note.parts)}, which no {note.layout!r} tensor has")
         leaves = note.parts.values() if note.parts else (ref.name,)
         for leaf in leaves:
             known = leaf in self.tensors or (note.layout == SUBCLASS and leaf in self._notes)

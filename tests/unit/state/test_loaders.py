@@ -154,6 +154,17 @@ def test_going_back_to_the_start() -> None:
     assert Training(loader).go(9) == expected
 
 
+def test_going_back_to_the_start_forgets_a_loaded_state() -> None:
+    """A state that was loaded and never used does not survive the restore of a fresh loader."""
+    torch.manual_seed(0)
+    middle, fresh = make("plain", 0), make("plain", 0)
+    Training(middle).go(3)
+    saved = save({"loader": fresh}, rng=True)
+    fresh.load_state_dict(middle.state_dict())
+    load({"loader": fresh}, saved, rng=True)
+    assert Training(fresh).go(1)[0][0] == [0, 1]
+
+
 def test_a_loader_without_what_was_saved_is_a_difference() -> None:
     """A generator that only the checkpoint knows is named."""
     with pytest.raises(StateMismatch, match=r"sampler\.generator is there on one side only"):

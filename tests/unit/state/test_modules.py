@@ -188,7 +188,9 @@ def make_hooked(how: str) -> nn.Module:
 
 
 class Overriding(nn.Module):
-    """Saves something that is not its own parameter."""
+    """Saves something that is not its own parameter, and wants to know which version it loads."""
+
+    _version = 3
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,6 +203,7 @@ class Overriding(nn.Module):
         destination[f"{prefix}count"] = self.count
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        assert rest[0] == {"version": 3}
         self.count = state_dict.pop(f"{prefix}count") + 1
         self.half = state_dict.pop(f"{prefix}half")
         super()._load_from_state_dict(state_dict, prefix, *rest)

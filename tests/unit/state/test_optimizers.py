@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,22 @@ def test_parameters_are_matched_by_name_not_by_position() -> None:
     for member, other in zip(members, others, strict=True):
         assert frozen(optimizer.state[member]) == frozen(resumed.state[other])
     assert [group["lr"] for group in resumed.param_groups] == [0.1, 0.2]
+
+
+def test_a_parameter_with_several_names_is_found_by_any() -> None:
+    """A module that is also a part of another: whichever comes first in the state."""
+
+    def start(*order: str) -> tuple[dict[str, Any], nn.Sequential]:
+        whole = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        parts = {"whole": whole, "part": whole[1]}
+        return {**{name: parts[name] for name in order}, "optimizer": torch.optim.Adam(whole.parameters())}, whole
+
+    state, whole = start("whole", "part")
+    whole(torch.ones(1, 2)).sum().backward()
+    state["optimizer"].step()
+    other, _ = start("part", "whole")
+    load(other, save(state))
+    assert frozen(other["optimizer"].state_dict()) == frozen(state["optimizer"].state_dict())
 
 
 def test_moments_take_the_memory_format_of_their_parameter() -> None:

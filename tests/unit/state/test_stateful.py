@@ -163,6 +163,7 @@ def test_a_refusal_by_load_state_dict_is_ours() -> None:
         (torch.Generator(), "component of its own"),
         (np.random.default_rng(), "component of its own"),
         (torch.qint8, "without pickle"),
+        (nn.Linear, "without pickle"),
         (np.array([object()]), "without pickle"),
         (np.zeros(4, dtype=[("a", "i4")]), "without pickle"),
     ],

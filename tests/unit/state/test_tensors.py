@@ -4,13 +4,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from state_roundtrip import begin, frozen, load, save
 from torch import nn
 
-from ckptman.errors import StateMismatch, UnsupportedState
+from ckptman.errors import FormatError, StateMismatch, UnsupportedState
 from ckptman.format.dtypes import DTYPES
+from ckptman.format.manifest import Component
 from ckptman.state.capture import capture
 from ckptman.state.kinds import check_state
 from ckptman.state.tensors import as_bytes, dtype_name, dtype_of
@@ -237,6 +239,33 @@ def test_what_has_no_bytes_is_refused_with_path_and_hint(kind: str) -> None:
         with pytest.raises(UnsupportedState, match=hint) as refusal:
             capture(state, rng=False)
         assert refusal.value.path == path
+
+
+def test_forged_notes_are_refused() -> None:
+    """Notes that claim other parts, another layout, or a subclass where none can be made, make a FormatError."""
+    saved = save({"d": {"s": torch.eye(2).to_sparse()}})
+    values = bytes(saved.manifest.components["d"].values)
+    assert b'"layout":"sparse_coo"' in values
+    for old, new in (
+        (b'"sparse_coo"', b'"sparse_csr"'),
+        (b'"sparse_coo"', b'"subclass"'),
+        (b'"sparse_coo"', b'"strided"'),
+        (b'"sparse_coo"', b'"odd"'),
+        (b'"d/s/values"', b'"d/absent"'),
+        (b'"coalesced"', b'"other"'),
+    ):
+        forged = Component(kind="container", values=msgspec.Raw(values.replace(old, new)))
+        manifest = msgspec.structs.replace(saved.manifest, components={"d": forged})
+        with pytest.raises(FormatError):
+            load({"d": {}}, type(saved)(manifest, saved.data, saved.captured))
+
+
+def test_indices_out_of_range_are_refused() -> None:
+    """The indices of a sparse tensor come from a file: they are checked before anything reads through them."""
+    saved = save({"d": {"s": torch.eye(2).to_sparse()}})
+    data = {**saved.data, "d/s/indices": (99).to_bytes(8, "little") * 4}
+    with pytest.raises(FormatError, match="do not make a sparse_coo tensor"):
+        load({"d": {}}, type(saved)(saved.manifest, data, saved.captured))
 
 
 def test_a_dtensor_is_refused(tmp_path: Any) -> None:
