@@ -7,13 +7,12 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import msgspec
 import torch
 
 from ckptman.errors import (
@@ -22,16 +21,18 @@ from ckptman.errors import (
     IntegrityError,
     Preempted,
     SaveFailed,
+    StorageError,
 )
 from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
 from ckptman.format.catalog import Entry
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.reading import fill
-from ckptman.pipeline.saving import Job, Saved, without_tags, write_checkpoint
+from ckptman.pipeline.saving import Job, Saved, write_checkpoint
 from ckptman.pipeline.staging import Arena, unstaged
 from ckptman.preemption import Notices
 from ckptman.repository import keep as keep_rules
+from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
@@ -231,7 +232,7 @@ class CheckpointManager:
         check_step(step)
         self._drain()
         self._raise_uncollected()
-        owner = self._own()
+        owner = self._own_to_save(step)
         captured = capture(state, rng=self._rng)
         job = Job(
             step=step,
@@ -296,6 +297,12 @@ class CheckpointManager:
             self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
         self._owner.check()
         return self._owner
+
+    def _own_to_save(self, step: int) -> Ownership:
+        try:
+            return self._own()
+        except StorageError as error:
+            raise SaveFailed(f"saving step {step} failed, nothing was committed: {error}", step=step) from error
 
     # ------------------------------------------------------------------ restoring
 
@@ -503,41 +510,6 @@ class CheckpointManager:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
-
-
-def tagging(step: int, name: str, url: str) -> Change:
-    """The change that gives *step* the tag *name*, and takes it from any other checkpoint."""
-
-    def change(entries: tuple[Entry, ...]) -> Iterator[Entry]:
-        find(entries, step, url)
-        for entry in entries:
-            if entry.step != step:
-                yield without_tags(entry, (name,))
-            else:
-                yield msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*entry.tags, name))))
-
-    return lambda entries: tuple(change(entries))
-
-
-def untagging(step: int, name: str, url: str) -> Change:
-    """The change that takes the tag *name* from *step*. Raises `CheckpointNotFound` if it has no such tag."""
-
-    def change(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        if name not in find(entries, step, url).tags:
-            raise CheckpointNotFound(f"step {step} of {url} has no tag {name!r}")
-        return tuple(without_tags(entry, (name,)) if entry.step == step else entry for entry in entries)
-
-    return change
-
-
-def deleting(steps: Collection[int], url: str) -> Change:
-    """The change that drops *steps*. Raises `CheckpointNotFound` if one does not exist."""
-
-    def change(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-        dropped = {find(entries, step, url).step for step in steps}
-        return tuple(entry for entry in entries if entry.step not in dropped)
-
-    return change
 
 
 def _staged_nbytes(job: Job) -> int:

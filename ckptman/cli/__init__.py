@@ -1,1 +1,35 @@
-"""The command line."""
+"""
+The command line: one file per command, each imported only when it is asked for.
+
+    ls · latest · show · verify · diff · log               look, and never create anything
+    tag · untag · prune · delete · gc · repair             change a root, as its writer
+    demo                                                   shows what all this is for
+
+stdout carries data only. Tables are for people; ``--json`` makes it one document for programs.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+
+def main() -> None:
+    """
+    Run ``ckptman`` with the arguments of this process, then exit with the code that the outcome has.
+
+    Raises:
+        SystemExit: Always.
+    """
+    try:
+        import click  # noqa: F401 - an extra: asked for here, so that its lack is told in words
+        import rich  # noqa: F401
+    except ImportError as error:
+        sys.stderr.write(f"error: the command line needs {error.name}: pip install 'ckptman[cli]'\n")
+        sys.exit(1)
+    from ckptman.cli._group import ckptman
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no reason to fail
+    ckptman.main()

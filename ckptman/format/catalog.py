@@ -20,7 +20,7 @@ from ckptman.storage.base import Buffer
 
 MAX_RECORD_NBYTES = 256 << 20
 
-Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class Writer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):

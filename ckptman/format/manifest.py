@@ -31,7 +31,7 @@ MAX_HEADER_NBYTES = 100_000_000
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
 Utc = Annotated[datetime, msgspec.Meta(tz=True)]
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):

@@ -6,13 +6,13 @@ A dtype from a file is never looked up by name: only the spellings of `_DTYPE` r
 
 from __future__ import annotations
 
-import base64
 import math
 import re
 
 import numpy as np
 
 from ckptman.errors import FormatError
+from ckptman.format.strict_json import from_base64, to_base64
 
 MAX_INLINE_NBYTES = 4096
 """Arrays of more bytes (or elements) are stored as tensors, never inline."""
@@ -57,7 +57,7 @@ def read_dtype(text: object) -> np.dtype:
     return dtype
 
 
-def read_scalar(dtype: object, v: object) -> np.generic:
+def read_scalar(v: object, dtype: object) -> np.generic:
     """The scalar of *dtype* whose bytes are *v* in base64. Raises FormatError."""
     kind, data = read_dtype(dtype), from_base64(v)
     if len(data) != kind.itemsize:
@@ -70,7 +70,7 @@ def read_scalar(dtype: object, v: object) -> np.generic:
     return scalar
 
 
-def read_array(dtype: object, shape: object, v: object) -> np.ndarray:
+def read_array(v: object, dtype: object, shape: object) -> np.ndarray:
     """The writable array of *dtype* and *shape* whose bytes in C order are *v* in base64. Raises FormatError."""
     kind, data = read_dtype(dtype), from_base64(v)
     if type(shape) is not list or any(type(size) is not int or size < 0 for size in shape):
@@ -82,23 +82,6 @@ def read_array(dtype: object, shape: object, v: object) -> np.ndarray:
         return np.ndarray(tuple(shape), kind, bytearray(data))
     except (TypeError, ValueError, OverflowError, MemoryError) as error:
         raise FormatError(f"NumPy refuses an array of {kind.str} with shape {shape!r:.80}: {error}") from error
-
-
-def to_base64(data: bytes) -> str:
-    """*data* in standard base64 with padding."""
-    return base64.b64encode(data).decode("ascii")
-
-
-def from_base64(v: object) -> bytes:
-    """The bytes of *v*. Raises FormatError for anything but the one canonical spelling."""
-    if type(v) is str:
-        try:
-            data = base64.b64decode(v, validate=True)
-        except ValueError as error:
-            raise FormatError(f"{v!r:.80} is not base64: {error}") from error
-        if to_base64(data) == v:
-            return data
-    raise FormatError(f"{v!r:.80} is not base64 as the format spells it")
 
 
 def _holds(dtype: np.dtype) -> bool:

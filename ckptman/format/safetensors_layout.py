@@ -9,7 +9,6 @@ so `check_header` can compare the two.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections import Counter
@@ -23,6 +22,7 @@ from ckptman.format.digest import block_digest
 from ckptman.format.dtypes import DTYPES
 from ckptman.format.manifest import MAX_HEADER_NBYTES, MAX_NDIM, Chunk, File, Manifest, Tensor, box_of
 from ckptman.format.names import MAX_STEP
+from ckptman.format.strict_json import is_plain_text, parse
 
 ALIGNMENT = 64
 
@@ -131,10 +131,7 @@ def read_header(header: bytes, file_nbytes: int) -> dict[str, Span]:
     (length,) = struct.unpack_from("<Q", header)
     if length != len(header) - 8:
         raise FormatError(f"a safetensors header says that it has {length} bytes, but has {len(header) - 8}")
-    try:
-        tree = json.loads(str(header[8:], "utf-8"), object_pairs_hook=tuple)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"a safetensors header is not JSON: {error}") from error
+    tree = parse(header[8:])
     spans = {key: _span(key, entry, len(header)) for key, entry in _distinct(tree).items() if key != _METADATA}
     _check_packed(spans, len(header), file_nbytes)
     return spans
@@ -220,6 +217,8 @@ def _distinct(pairs: object) -> dict[str, object]:
     result: dict[str, object] = dict(pairs)
     if len(result) != len(pairs):
         raise FormatError("a safetensors header has a key twice")
+    if not all(map(is_plain_text, result)):
+        raise FormatError("a safetensors header has a key that is not valid Unicode")
     return result
 
 

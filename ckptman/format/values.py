@@ -29,8 +29,10 @@ import numpy as np
 
 from ckptman.errors import UnsupportedState
 from ckptman.format.markers import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize
-from ckptman.format.numpy_values import MAX_INLINE_NBYTES, numpy_tree, to_base64
-from ckptman.format.values_reading import MAX_DEPTH, MAX_PLAIN_INT, from_json, is_key, is_plain_text
+from ckptman.format.numpy_values import MAX_INLINE_NBYTES, numpy_tree
+from ckptman.format.strict_json import is_plain_text, to_base64
+from ckptman.format.value_tags import MAX_PLAIN_INT, is_key
+from ckptman.format.values_reading import MAX_DEPTH, from_json
 
 __all__ = ["ArrayRef", "Marker", "TensorRef", "TorchDevice", "TorchDtype", "TorchSize", "from_json", "to_json"]
 
@@ -147,6 +149,10 @@ def _str(value: str) -> object:
     return {"$": "str", "v": to_base64(value.encode("utf-8", "surrogatepass"))}
 
 
+def _deque(maxlen: int | None, items: list[object]) -> object:
+    return {"$": "deque", "maxlen": maxlen if maxlen is None else _int(maxlen), "v": items}
+
+
 _PATH = type(Path())
 
 _SCALARS: dict[type, Callable[..., object]] = {
@@ -168,7 +174,7 @@ _CONTAINERS: dict[type, Callable[..., object]] = {
     frozenset: lambda w, value, path, depth: {"$": "frozenset", "v": w.elements(value, path, depth)},
     OrderedDict: lambda w, value, path, depth: {"$": "OrderedDict", "v": w.pairs(value, path, depth)},
     Counter: lambda w, value, path, depth: {"$": "Counter", "v": w.pairs(value, path, depth)},
-    deque: lambda w, value, path, depth: {"$": "deque", "maxlen": value.maxlen, "v": w.items(value, path, depth)},
+    deque: lambda w, value, path, depth: _deque(value.maxlen, w.items(value, path, depth)),
 }
 
 

@@ -35,6 +35,7 @@ from ckptman.format.metrics import JsonMetrics
 from ckptman.format.names import Attempt, manifest_key
 from ckptman.pipeline.staging import Staged
 from ckptman.pipeline.writing import write_files
+from ckptman.repository.changes import retained, with_checkpoint
 from ckptman.repository.keep import Keep
 from ckptman.repository.ownership import Ownership
 from ckptman.repository.repository import checkpoint_of
@@ -135,28 +136,6 @@ def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
 
     record = owner.commit(change, f"save step {job.step}")
     return Saved(checkpoint=checkpoint_of(record.checkpoints[-1], url), pruned=tuple(entry.step for entry in dropped))
-
-
-def with_checkpoint(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """*entries* with *entry* as the newest: it replaces one of its step and takes over its tags; tags move to it."""
-    replaced = next((e for e in entries if e.step == entry.step), None)
-    if replaced is not None:
-        entry = msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*replaced.tags, *entry.tags))))
-    others = [e for e in entries if e.step != entry.step]
-    return [*(without_tags(e, entry.tags) for e in others), entry]
-
-
-def without_tags(entry: Entry, tags: Sequence[str]) -> Entry:
-    """*entry* without those of its tags that are among *tags*."""
-    if not set(tags).intersection(entry.tags):
-        return entry
-    return msgspec.structs.replace(entry, tags=tuple(tag for tag in entry.tags if tag not in tags))
-
-
-def retained(entries: Sequence[Entry], keep: Keep, url: str) -> list[Entry]:
-    """Those of *entries* that *keep* keeps, and those that always stay: the newest, and tagged ones."""
-    kept = keep([checkpoint_of(entry, url) for entry in entries])
-    return [entry for entry in entries if entry.step in kept or entry.tags or entry is entries[-1]]
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def test_every_flipped_bit_and_truncation_of_a_manifest_is_torn(manifest: Manife
             read_manifest(changed, manifest.attempt)
         torn += 1
     assert torn == 9 * len(data) + 2
-    assert torn > 12_000
+    assert torn > 10_000
 
 
 def test_every_flipped_bit_and_truncation_of_a_record_is_torn(record: Record, record_bytes: bytes) -> None:
@@ -52,7 +52,7 @@ def test_every_flipped_bit_and_truncation_of_a_record_is_torn(record: Record, re
             read_record(changed, record.number)
         torn += 1
     assert torn == 9 * len(record_bytes)
-    assert torn > 7_000
+    assert torn > 5_000
 
 
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
@@ -100,7 +100,7 @@ def test_whole_but_wrong_is_a_format_error(body: bytes) -> None:
 
 def test_ten_megabytes_of_brackets_are_refused_at_once() -> None:
     """Nesting costs neither stack nor time."""
-    with pytest.raises(FormatError, match="recursion|depth|nest"):
+    with pytest.raises(FormatError, match=r"recursion|depth|nest"):
         unseal(sealed(b'{"format":1,"text":' + b"[" * 10_000_000 + b"}"), Note, "note")
 
 

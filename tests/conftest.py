@@ -1,0 +1,33 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The tensors are tiny, and a process that is going to fork should have no threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Iterator[Path]:
+    """
+    A folder in memory where there is one, for tests that fork or copy a thousand times.
+
+    What a killed process wrote survives in the kernel on every filesystem, so nothing is lost by it.
+    """
+    memory = Path("/dev/shm")
+    if not memory.is_dir():
+        yield tmp_path
+        return
+    folder = Path(tempfile.mkdtemp(prefix="ckptman-test-", dir=memory))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

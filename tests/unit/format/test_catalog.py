@@ -1,0 +1,120 @@
+"""Catalog records: each rule broken once, and what an entry takes from a manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from ckptman.errors import FormatError
+from ckptman.format.catalog import Record, entry_of, read_record, write_record
+from ckptman.format.digest import sha256
+from ckptman.format.manifest import Manifest
+from ckptman.format.sealed import Torn
+
+Change = Callable[[Any], object]
+
+
+def changed(record: Record, change: Change) -> bytes:
+    body = json.loads(msgspec.json.encode(record))
+    change(body)
+    text = json.dumps(body).encode()
+    return b'{"sha256":"%s","body":%s}\n' % (sha256(text).encode(), text)
+
+
+def entry(**fields: object) -> Change:
+    return lambda body: body["checkpoints"][0].update(fields)
+
+
+def twin(**fields: object) -> Change:
+    return lambda body: body["checkpoints"].append({**body["checkpoints"][0], **fields})
+
+
+OTHER = "step-000000000008.w0001.0123abcd"
+RULES: list[tuple[str, Change, str]] = [
+    ("unknown field", lambda body: body.update(colour=1), "unknown field `colour`"),
+    ("unknown field in an entry", entry(colour=1), "unknown field `colour`"),
+    ("unknown field in the writer", lambda body: body["writer"].update(colour=1), "unknown field `colour`"),
+    ("missing field", lambda body: body.pop("nonce"), "missing required field `nonce`"),
+    ("number 0", lambda body: body.update(number=0), ">= 1"),
+    ("number of 13 digits", lambda body: body.update(number=10**12), "<= 999999999999"),
+    ("epoch 0", lambda body: body["writer"].update(epoch=0), ">= 1"),
+    ("previous", lambda body: body.update(previous="0" * 63), "matching regex"),
+    ("commit's time zone", lambda body: body.update(committed_at="2026-01-02T03:04:05+02:00"), "not in UTC"),
+    ("writer's time zone", lambda body: body["writer"].update(since="2026-01-02T03:04:05+02:00"), "not in UTC"),
+    ("entry's time zone", entry(created_at="2026-01-02T03:04:05+02:00"), "not in UTC"),
+    ("manifest's digest", entry(manifest="0" * 32), "matching regex"),
+    ("another step", entry(step=8), "step 8 is said to lie in step-000000000007"),
+    ("no attempt", entry(attempt="step-7"), "not the name of an attempt"),
+    ("attempt with a path", entry(attempt="../step-000000000007.w0001.0123abcd"), "not the name of an attempt"),
+    ("step twice", twin(tags=[]), "step 7 is listed twice"),
+    ("tag twice", twin(step=8, attempt=OTHER), "a tag of step 8 is given twice"),
+    ("tag twice in one", entry(tags=["a", "a"]), "a tag of step 7 is given twice"),
+    ("tag latest", entry(tags=["latest"]), "cannot be a tag"),
+    ("tag number", entry(tags=["7"]), "cannot be a tag"),
+    ("component", entry(components=["a/b"]), "cannot name a component"),
+    ("metric name", entry(metrics={"": 1.0}), "cannot name a metric"),
+    ("metric count", entry(metrics={f"m{index}": 1.0 for index in range(1001)}), "at most 1000"),
+    ("borrowed path", entry(borrows=["../x.safetensors"]), "not a valid key"),
+    ("borrowed manifest", entry(borrows=[f"{OTHER}/manifest.json"]), "not a data file"),
+    ("borrowed nothing", entry(borrows=["writer.lock"]), "not the name of an attempt"),
+    ("negative size", entry(nbytes=-1), ">= 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [rule[1:] for rule in RULES], ids=[rule[0] for rule in RULES])
+def test_a_broken_rule_is_a_telling_format_error(record: Record, change: Change, message: str) -> None:
+    """A whole record that breaks a rule is no torn one: it must not be passed over in silence."""
+    with pytest.raises(FormatError) as caught:
+        read_record(changed(record, change), record.number)
+    assert not isinstance(caught.value, Torn)
+    assert str(caught.value).startswith("catalog record 4 breaks the format: ")
+    assert message in str(caught.value)
+
+
+def test_the_rules_are_all_there() -> None:
+    """So that a table that shrinks fails."""
+    assert len(RULES) >= 27
+
+
+def test_it_comes_back_equal(record: Record, record_bytes: bytes) -> None:
+    """read(write(x)) == x, and the same bytes again."""
+    assert read_record(record_bytes, 4) == record
+    assert write_record(read_record(record_bytes, 4)) == record_bytes
+
+
+def test_another_spelling_of_the_same_json_is_read(record: Record) -> None:
+    """Other programs may write spaces and escapes: the digest covers the bytes, the rules the meaning."""
+    assert read_record(changed(record, lambda body: None), 4) == record
+
+
+def test_a_renamed_record_is_refused(record_bytes: bytes) -> None:
+    """A record speaks for its own number only; it is whole, so this is no torn record."""
+    with pytest.raises(FormatError, match="was written as record 4") as caught:
+        read_record(record_bytes, 5)
+    assert not isinstance(caught.value, Torn)
+
+
+@pytest.mark.parametrize("change", [{"number": 0}, {"previous": "x"}, {"change": "\ud800"}, {"number": 2**70}])
+def test_what_cannot_be_read_is_never_written(record: Record, change: dict[str, Any]) -> None:
+    """The writer holds itself to the reader's rules."""
+    with pytest.raises(FormatError):
+        write_record(msgspec.structs.replace(record, **change))
+
+
+def test_an_empty_root_has_a_record_too(record: Record) -> None:
+    """The first record of a root lists nothing and follows nothing."""
+    first = msgspec.structs.replace(record, number=1, previous=None, checkpoints=())
+    assert read_record(write_record(first), 1) == first
+
+
+def test_an_entry_says_what_its_manifest_says(manifest: Manifest) -> None:
+    """Listing needs no manifest: everything that is listed is copied, in the order of the components."""
+    listed = entry_of(manifest, "a" * 64, tags=("t",))
+    same = ["step", "attempt", "after", "created_at", "nbytes", "new_nbytes", "world_size", "metrics", "preempted"]
+    assert [getattr(listed, name) for name in same] == [getattr(manifest, name) for name in same]
+    assert (listed.components, listed.tags, listed.borrows) == (("model", "epoch"), ("t",), manifest.borrows)
+    assert listed.manifest == "a" * 64
