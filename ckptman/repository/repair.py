@@ -58,7 +58,7 @@ def diagnose(storage: Storage) -> Diagnosis:
     needs_adoption = head.record is None or bool(head.damaged)
     known = {entry.attempt for entry in listed}
     return Diagnosis(
-        marker=_marker_fault(storage) if head.number or attempts(storage) else None,
+        marker=_marker_fault(storage, is_new=not head.number and not attempts(storage)),
         damaged_records=head.damaged,
         has_record=head.record is not None,
         adopted=tuple(e for e in adopt(storage, listed) if e.attempt not in known) if needs_adoption else (),
@@ -96,11 +96,12 @@ def _incomplete(storage: Storage, known: set[str]) -> list[str]:
     return [name for name in candidates if complete_entry(storage, name) is None]
 
 
-def _marker_fault(storage: Storage) -> str | None:
+def _marker_fault(storage: Storage, *, is_new: bool) -> str | None:
+    # A new root has no marker, or half of one: without hard links, a kill while it is put leaves that.
     try:
         read_marker(storage.read(MARKER, limit=MAX_MARKER_NBYTES), storage.url)
     except KeyMissing:
-        return f"{MARKER} is missing"
+        return None if is_new else f"{MARKER} is missing"
     except FormatError as error:
         if "newer" in str(error):
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,15 +15,26 @@ from accidents import UNREADABLE, Run, Tell, become, garbage, in_child, listing,
 
 from ckptman import keep
 from ckptman.format.names import record_key
-from ckptman.pipeline.saving import retained
+from ckptman.repository.changes import retained
 from ckptman.repository.head import record_numbers
 from ckptman.repository.ownership import take
 from ckptman.repository.repair import repair
 from ckptman.storage.local import LocalStorage
+from ckptman.storage.system import SYSTEM, System
 from ckptman.testing.faults import FaultySystem, Moment, sigkill
 
 Act = Callable[[LocalStorage, Callable[[], None]], None]
 """Do several things to a root, and call the function after each one that was acknowledged."""
+
+
+class NoLinks(System):
+    """A filesystem without hard links: there, a kill may leave half a record or half a marker under its name."""
+
+    def link(self, source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+NO_LINKS = NoLinks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +47,14 @@ class Scenario:
         act: What the process does.
         listings: What is listed at first, and after each acknowledgement.
         unrepaired: What may be listed instead of the first one, because the root is damaged at first.
+        inner: The system that the process uses.
     """
 
     prepare: Callable[[Path], None]
     act: Act
     listings: tuple[str, ...]
     unrepaired: str | None = None
+    inner: System = SYSTEM
 
     def allowed(self, acknowledged: int) -> tuple[str, ...]:
         """What the root lists after *acknowledged* acknowledgements: that, or what the next one is going to say."""
@@ -175,15 +190,21 @@ SCENARIOS = {
         unrepaired=UNREADABLE,
     ),
     "repair the marker": Scenario(prepare=with_damaged_marker, act=repairing, listings=("1:1 2:2", "1:1 2:2")),
+    "first save without links": Scenario(
+        prepare=lambda root: None, act=first_save, listings=("", "5:5"), inner=NO_LINKS
+    ),
+    "save without links": Scenario(
+        prepare=saved(1, 2), act=first_save, listings=("1:1 2:2", "1:1 2:2 5:5"), inner=NO_LINKS
+    ),
 }
 
 LEAST_POINTS = 500
 
 
-def counted(root: Path, prepare: Callable[[Path], None], act: Act) -> list[str]:
+def counted(root: Path, prepare: Callable[[Path], None], act: Act, inner: System = SYSTEM) -> list[str]:
     """The names of the calls that *act* makes in a root of its own when nobody kills it."""
     prepare(root)
-    system = FaultySystem()
+    system = FaultySystem(inner=inner)
 
     def run(tell: Tell) -> None:
         act(LocalStorage(root, system=system), lambda: None)
@@ -209,9 +230,9 @@ def kill_at(root: Path, scenario: Scenario, at: int, moment: Moment, name: str) 
 
     None where it lived: what is missing or not empty is not removed, so there is no moment after that.
     """
-    system = FaultySystem(sigkill(at, moment=moment))
+    system = FaultySystem(sigkill(at, moment=moment), inner=scenario.inner)
     fate = in_child(lambda tell: scenario.act(LocalStorage(root, system=system), lambda: tell("ack")))
-    if not fate.was_killed and moment == "after" and name in ("rmdir", "unlink"):
+    if not fate.was_killed and moment == "after" and name in ("rmdir", "unlink", "link"):
         return None
     assert fate.was_killed, f"call {at} was never made"
     return len(fate.told)
@@ -225,14 +246,14 @@ def check_survivor(root: Path, scenario: Scenario, acknowledged: int, *, restori
     assert damaged or found in allowed
     if restoring and found != UNREADABLE:
         restores_all(storage, found)
-    if found == UNREADABLE or scenario.act is repairing:
+    if found == UNREADABLE or scenario.act is repairing or scenario.inner is NO_LINKS:
         repair(storage, timeout_s=0)
     run = Run(storage)
     run.save(99, 99)  # with a lock timeout of 0: the dead hold no lock
     run.manager.close()
     assert listing(storage) in {f"{one} 99:99".strip() for one in allowed}
     assert garbage(storage) == []
-    assert not [path for path in root.glob("*/.tmp-*")]
+    assert not list(root.glob("*/.tmp-*"))
 
 
 @pytest.mark.timeout(300)
@@ -243,7 +264,7 @@ def test_a_killed_process_loses_nothing_that_it_acknowledged(scratch: Path) -> N
     """
     by_scenario: Counter[str] = Counter()
     for name, scenario in SCENARIOS.items():
-        calls = counted(scratch / "counted", scenario.prepare, scenario.act)
+        calls = counted(scratch / "counted", scenario.prepare, scenario.act, scenario.inner)
         template = scratch / name
         scenario.prepare(template)
         for at, moment in points(calls):

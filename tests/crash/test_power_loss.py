@@ -23,7 +23,7 @@ from ckptman.testing.journal import Entry as Journaled
 from ckptman.testing.journal import Linked, Made, Wrote
 from ckptman.testing.power_loss import CrashState, RecordingSystem, crash_states
 
-ACTIONS = 160
+ACTIONS = 120
 
 
 @dataclass(slots=True)
@@ -221,7 +221,7 @@ def test_no_power_loss_takes_what_was_acknowledged(scratch: Path) -> None:
             continued += 1
 
     system = RecordingSystem(scratch)
-    losses = losses_of(system, scratch / "root", limit=150, on_state=on_state)
+    losses = losses_of(system, scratch / "root", limit=120, on_state=on_state)
     print(
         f"{losses.states} crash states of {len(system.journal)} calls and {ACTIONS} acknowledgements: {losses.lost} "
         f"lost, {losses.torn} torn; {continued} continued"

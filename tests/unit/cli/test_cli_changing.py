@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 from cli_roots import Run, everything, flip, one_of, unfinished
 
 from ckptman import CheckpointManager
+from ckptman.cli._changing import freeable_nbytes
+from ckptman.repository import keep
+from ckptman.repository.changes import pruning
+from ckptman.repository.repository import Repository
+from ckptman.storage.local import LocalStorage
 
 DESTRUCTIVE = {
     "prune": ("prune", "{root}", "--last", "1"),
@@ -119,6 +125,24 @@ def test_delete_takes_exactly_what_was_named(run: Run, root: Path) -> None:
     assert len(list(root.glob("step-*"))) == 0
 
 
+def test_what_is_borrowed_is_not_freed(made_root: Path) -> None:
+    """Files that a remaining checkpoint borrows from one that goes are not counted as freed."""
+    storage = LocalStorage(made_root)
+    first, *_, last = Repository(storage).entries()
+    key = f"{first.attempt}/weights.safetensors"
+    whole = freeable_nbytes(storage, [last], [first.attempt, last.attempt])
+    borrowing = msgspec.structs.replace(last, borrows=(key,))
+    assert freeable_nbytes(storage, [borrowing], [first.attempt, last.attempt]) == whole - storage.size(key)
+
+
+def test_pruning_drops_only_what_was_shown(made_root: Path) -> None:
+    """A checkpoint that came after the plan was made stays, though the rule would drop it."""
+    entries = Repository(LocalStorage(made_root)).entries()
+    change = pruning(keep.last(1), "", attempts={entries[0].attempt})
+    untagged = tuple(msgspec.structs.replace(entry, tags=()) for entry in entries)
+    assert [entry.step for entry in change(untagged)] == [20, 30]
+
+
 def test_gc_frees_unfinished_saves_only(run: Run, root: Path) -> None:
     """It reports the bytes that it freed; foreign files stay; a root without garbage is left alone."""
     (root / "notes.txt").write_text("mine")
@@ -174,7 +198,9 @@ def test_repair_says_what_it_gives_up(run: Run, torn: Path) -> None:
 
 def test_a_prune_after_a_damaged_record_sees_what_is_adopted(run: Run, torn: Path) -> None:
     """Step 30, whose record is damaged, counts as the latest: pruning shows, and drops, step 20."""
-    assert run("prune", torn, "--last", "1", "--yes", "--json").document["dropped"] == [20]
+    ran = run("prune", torn, "--last", "1", "--yes", "--json")
+    assert ran.document["dropped"] == [20]
+    assert len(ran.err.splitlines()) == 1  # warned of once, however often the catalog was read
     assert steps(run, torn) == [10, 30]
 
 

@@ -126,17 +126,19 @@ def test_types_without_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 class MeasuredStorage(LocalStorage):
-    """A local storage that remembers the largest piece that was read at once."""
+    """A local storage that remembers what was read: the key, and how many bytes at once."""
 
-    largest = 0
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.reads: list[tuple[str, int]] = []
 
     def read_into(self, key: str, start: int, into: memoryview) -> int:
-        self.largest = max(self.largest, len(into))
+        self.reads.append((key, len(into)))
         return super().read_into(key, start, into)
 
 
 def test_large_tensors_take_one_block_of_memory(tmp_path: Path) -> None:
-    """A tensor of several blocks is compared block by block, the last one too; no read is larger than a block."""
+    """A tensor of several blocks is compared block by block, the last one too: old and new are read in turn."""
     old = torch.zeros(3 * BLOCK_NBYTES // 4 + 5)
     old[0] = 2
     new = old.clone()
@@ -145,7 +147,9 @@ def test_large_tensors_take_one_block_of_memory(tmp_path: Path) -> None:
     storage = MeasuredStorage(tmp_path)
     (found,) = compare(storage, a, b, ["x/t"])
     assert (found.max_abs, found.relative) == (7, 3.5)
-    assert storage.largest == BLOCK_NBYTES
+    assert storage.reads == [
+        (manifest.files[0].path, nbytes) for nbytes in (*[BLOCK_NBYTES] * 3, 20) for manifest in (a, b)
+    ]
 
 
 def test_chunks_that_are_cut_differently(tmp_path: Path) -> None:

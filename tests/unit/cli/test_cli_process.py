@@ -97,6 +97,21 @@ def test_ctrl_c_is_130(root: Path) -> None:
     assert len(list(root.glob("step-*"))) == 3
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo terminal")
+def test_json_never_asks(root: Path) -> None:
+    """Even on a terminal: a program that reads the document would not see the question."""
+    import pty
+
+    ours, theirs = pty.openpty()
+    words = [*CKPTMAN, "delete", str(root), "20", "--json"]
+    ran = subprocess.run(words, stdin=theirs, capture_output=True, text=True, check=False, timeout=30)
+    os.close(ours)
+    os.close(theirs)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith('{"error": "UsageError", "message": "nothing was changed')
+    assert len(list(root.glob("step-*"))) == 3
+
+
 def interrupted(process: subprocess.Popen[bytes]) -> bytes:
     """
     Press Ctrl-C until *process* ends; its stderr. Once is not always enough: a signal that comes between Python's

@@ -29,7 +29,7 @@ from ckptman.format.names import MAX_METRICS, manifest_key
 from ckptman.format.safetensors_layout import check_header
 from ckptman.format.tiling import MAX_SPLIT_NDIM
 from ckptman.format.value_tags import FIELDS
-from ckptman.format.values import from_json, to_json
+from ckptman.format.values import Marker, from_json, to_json
 
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "format.md").read_text("utf-8")
 (READER,) = re.findall(r"```python\n(.*?)```", REFERENCE, re.DOTALL)
@@ -213,6 +213,10 @@ def test_the_reader_passes_over_a_torn_record(root: Path, capsys: pytest.Capture
         read_with_the_reader(root)
 
 
+def own_markers(value: object, path: str) -> Marker | None:
+    return value if isinstance(value, Marker) else None
+
+
 def test_the_examples_of_values_are_what_we_write() -> None:
     """Every example of the table is read, and written again as the same bytes."""
     table = REFERENCE.partition("## Typed values")[2].partition("- Base64 is")[0]
@@ -221,7 +225,7 @@ def test_the_examples_of_values_are_what_we_write() -> None:
     assert len(examples) >= 32
     for text in examples:
         value = from_json(text.encode())
-        assert to_json(value, "x", lambda value, _: value).decode() == text  # type: ignore[arg-type, return-value]  # markers
+        assert to_json(value, "x", own_markers).decode() == text
 
 
 def test_every_tag_is_in_the_table() -> None:

@@ -228,6 +228,7 @@ BAD_HEADERS: list[tuple[str, bytes, int]] = [
     ("field missing", with_header(b'{"a":{"dtype":"I8","shape":[4]}}'), 0),
     ("field unknown", with_header(b'{"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4],"x":1}}'), 0),
     ("field twice", with_header(b'{"a":{"dtype":"I8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}'), 0),
+    ("NaN", with_header(b'{"__metadata__":NaN,"a":' + ONE + b"}"), 0),
     ("entry no object", with_header(b'{"a":[]}'), 0),
     ("key with lone surrogate", with_header(b'{"\\ud800":' + ONE + b"}"), 0),
 ]

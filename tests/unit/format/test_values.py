@@ -179,6 +179,10 @@ class MyStr(str):
     __slots__ = ()
 
 
+class MyFloat(np.float64):
+    __slots__ = ()
+
+
 REFUSED: list[object] = [
     *(
         object(),
@@ -193,7 +197,15 @@ REFUSED: list[object] = [
     ),
     *(Decimal(1), Fraction(1, 2), datetime(2026, 1, 1, tzinfo=UTC), UUID(int=1), int, np.float32, ..., iter([])),
     *(np.longdouble(1), np.array([None]), np.zeros(4097, np.uint8), np.zeros(2, "i4,f4"), np.void(b"x")),
-    *(np.zeros(1).view(np.recarray), np.ma.array([1]), np.dtype("O"), np.dtype("i4,f4"), lambda: 0, memoryview(b"x")),
+    *(
+        np.zeros(1).view(np.recarray),
+        MyFloat(1),
+        np.ma.array([1]),
+        np.dtype("O"),
+        np.dtype("i4,f4"),
+        lambda: 0,
+        memoryview(b"x"),
+    ),
 ]
 
 
@@ -223,7 +235,9 @@ def test_paths_read_like_python() -> None:
         assert caught.value.path == path
 
 
-@pytest.mark.parametrize("key", [frozenset(), Path("a"), (1, frozenset()), Colour.RED, np.dtype("f4"), MyStr("a")])
+@pytest.mark.parametrize(
+    "key", [frozenset(), Path("a"), (1, frozenset()), Colour.RED, np.dtype("f4"), MyStr("a"), MyFloat(1)]
+)
 def test_keys_must_be_scalars(key: object) -> None:
     """The message speaks of the key, at the path of the dict."""
     with pytest.raises(UnsupportedState, match="keys may be scalars") as caught:
