@@ -2,7 +2,8 @@
 Frozen records of what happened, and the hook that is called with each.
 
 A hook runs on the thread on which the thing happened (a save's commit: the background thread), must be
-quick, and cannot stop or fail a save: what it raises is logged and dropped.
+quick, and cannot stop or fail a save: what it raises is logged and dropped. It may not call the manager that it
+listens to; what must follow a commit (a tag, a copy) belongs into the training loop, after ``result()``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import warnings
 import weakref
@@ -158,7 +159,9 @@ class CheckpointManager:
         self._pending: PendingSave | None = None
         self._pid = os.getpid()
         self._background: ThreadPoolExecutor | None = None
+        self._writing_thread: int | None = None  # written by that thread alone
         self._notices = Notices()
+        weakref.finalize(self, self._notices.uninstall)
         self._last_save_at = time.monotonic()
         self._half_restored: str | None = None
         self._is_closed = False
@@ -231,7 +234,11 @@ class CheckpointManager:
         checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
         check_step(step)
         self._drain()
-        self._raise_uncollected()
+        failure = self._uncollected()
+        if failure is not None:
+            if not preempted:
+                raise failure
+            _log.error("an earlier save failed, and this process is about to end: saving step %d all the same", step)
         owner = self._own_to_save(step)
         captured = capture(state, rng=self._rng)
         job = Job(
@@ -259,9 +266,25 @@ class CheckpointManager:
             self._background = ThreadPoolExecutor(1, thread_name_prefix="ckptman-save")
         stall_s = time.monotonic() - began
         self._emit(Staged(root=self.root, step=job.step, nbytes=_staged_nbytes(job), stall_s=stall_s))
-        future = self._background.submit(self._write, owner, job, began)
-        self._pending = PendingSave(job.step, future, stall_s)
+        future: Future[Checkpoint] = Future()
+        self._pending = PendingSave(job.step, future, stall_s)  # before the thread knows: Ctrl-C may hit us in between
+        try:
+            self._background.submit(self._fulfil, future, owner, job, began)
+        except BaseException:
+            self._pending = None
+            self._arena = Arena()  # the thread may have the job or not; the old memory is its own from now on
+            raise
         return self._pending
+
+    def _fulfil(self, future: Future[Checkpoint], owner: Ownership, job: Job, began: float) -> None:
+        self._writing_thread = threading.get_ident()
+        try:
+            future.set_result(self._write(owner, job, began))
+        except BaseException as error:  # noqa: BLE001 - a thread's edge: whoever asks for the result gets it
+            _log.error("saving step %d to %s failed: %s", job.step, self.root, error)
+            future.set_exception(error)
+        finally:
+            self._writing_thread = None
 
     def _write(self, owner: Ownership, job: Job, began: float) -> Checkpoint:
         try:
@@ -393,7 +416,7 @@ class CheckpointManager:
         except Exception as error:
             self._half_restored = f"restoring step {entry.step} failed: {error}"
             raise
-        self._half_restored = before if only is not None else None
+        self._half_restored = None if restoration.is_complete else before
         return replace(self._repository.checkpoint(entry), values=values)
 
     # ------------------------------------------------------------------ looking
@@ -491,16 +514,22 @@ class CheckpointManager:
             return
         try:
             self.close()
-        except CkptmanError as failure:
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not mask the error of the block
             error.add_note(f"ckptman: and the last save failed: {failure}")
 
     def _drain(self, timeout: float | None = None) -> None:
+        if self._writing_thread == threading.get_ident():
+            raise RuntimeError("a hook may not call the manager whose save it is told of: it would wait for itself")
         if self._pending is not None and os.getpid() == self._pid:
             self._pending._future.exception(timeout)
 
-    def _raise_uncollected(self) -> None:
+    def _uncollected(self) -> BaseException | None:
+        """The failure of the last save if nobody has seen it; it counts as seen from now on. To be drained before."""
         pending, self._pending = self._pending, None
-        failure = pending._uncollected() if pending is not None else None
+        return pending._uncollected() if pending is not None and os.getpid() == self._pid else None
+
+    def _raise_uncollected(self) -> None:
+        failure = self._uncollected()
         if failure is not None:
             raise failure
 

@@ -28,6 +28,10 @@ class Torn(FormatError):
     """The bytes are not what was written: torn, flipped or foreign. (A `FormatError` that may be passed over.)"""
 
 
+class NewerFormat(FormatError):
+    """A newer ckptman wrote it. It is not damaged, and nothing here may mend it."""
+
+
 class _Versioned(msgspec.Struct):
     format: int
 
@@ -64,7 +68,7 @@ def _decode(text: bytes, kind: type[Document], what: str) -> Document:
     try:
         version = msgspec.json.decode(text, type=_Versioned).format
         if version > FORMAT:
-            raise FormatError(
+            raise NewerFormat(
                 f"{what} has format {version}, this ckptman reads up to {FORMAT}: install a newer ckptman"
             )
         if version < 1:

@@ -85,13 +85,16 @@ def write_checkpoint(owner: Ownership, job: Job) -> Saved:
         return _commit(owner, job, entry)
     except CommitUnknown:
         raise  # it may be listed: whoever reads the catalog next knows
-    except (Fenced, StorageError) as error:
+    except (Fenced, SaveFailed, StorageError) as error:
         owner.discard(attempt)
-        raise _failed(job, error) from error
+        failure = _failed(job, error)
+        if failure is error:
+            raise
+        raise failure from error
 
 
 def _failed(job: Job, error: BaseException) -> BaseException:
-    if isinstance(error, (Fenced, KeyboardInterrupt, SystemExit)) or not isinstance(error, Exception):
+    if isinstance(error, (Fenced, SaveFailed, KeyboardInterrupt, SystemExit)) or not isinstance(error, Exception):
         return error
     return SaveFailed(f"saving step {job.step} failed, nothing was committed: {error}", step=job.step)
 
@@ -130,7 +133,10 @@ def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
 
     def change(entries: tuple[Entry, ...]) -> list[Entry]:
         added = with_checkpoint(entries, entry)
-        left = retained(added, job.keep, url)
+        try:
+            left = retained(added, job.keep, url)
+        except Exception as error:  # a rule of the user's may raise anything; nothing was put yet
+            raise SaveFailed(f"saving step {job.step} failed: the keep rule raised {error!r}", step=job.step) from error
         dropped[:] = [e for e in added if e not in left]
         return left
 
@@ -165,6 +171,6 @@ def _git_revision() -> str:
             check=False,
             stdin=subprocess.DEVNULL,
         )
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: the interpreter is going down
         return ""
     return asked.stdout.strip() if asked.returncode == 0 else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ckptman.format.digest import digests
@@ -52,11 +52,19 @@ def _write_file(out: NewFile, staged: Staged, beside: ThreadPoolExecutor) -> lis
         if together:
             out.write(together)
             together = bytearray()
-        sums = beside.submit(digests, data)
+        sums = _digests_beside(beside, data)
         out.write(data)
-        written.append((placed, sums.result()))
+        written.append((placed, sums()))
     out.write(together)
     return written
+
+
+def _digests_beside(beside: ThreadPoolExecutor, data: memoryview) -> Callable[[], tuple[str, ...]]:
+    try:
+        return beside.submit(digests, data).result
+    except RuntimeError:  # the interpreter waits for this last save before it exits, and starts no thread any more
+        sums = digests(data)
+        return lambda: sums
 
 
 def _described(component: str, placed: Placed, sums: tuple[str, ...], file: int) -> Tensor:

@@ -79,7 +79,7 @@ def commit(
         )
         data = write_record(record)
         if _put(storage, record, data):
-            _refuse_if_asleep(storage, record, data)
+            _look_back(storage, record, data)
             return record
     raise StorageError(f"{what}: other writers of {storage.url} won {TRIES} times in a row; nothing was committed")
 
@@ -129,6 +129,17 @@ def _holds(storage: Storage, record: Record, cause: StorageError) -> bool:
             f"it back ({error}): the change is there or not. Look with 'ckptman log' before deciding anything"
         ) from error
     return found.nonce == record.nonce
+
+
+def _look_back(storage: Storage, record: Record, data: bytes) -> None:
+    """Find out whether we slept. The record is in the catalog: a storage that fails now tells us nothing of it."""
+    try:
+        _refuse_if_asleep(storage, record, data)
+    except StorageError as error:
+        raise CommitUnknown(
+            f"{record.change}: record {record.number} of {storage.url} was put, but the storage failed when we looked "
+            f"whether another writer had taken over ({error}): 'ckptman log' tells whether it stands"
+        ) from error
 
 
 def _refuse_if_asleep(storage: Storage, record: Record, data: bytes) -> None:

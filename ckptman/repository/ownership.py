@@ -23,6 +23,7 @@ import msgspec
 from ckptman.errors import Fenced, FormatError, LockTimeout
 from ckptman.format.catalog import Record, Writer
 from ckptman.format.names import FORMAT, MARKER, Attempt
+from ckptman.format.sealed import NewerFormat
 from ckptman.repository.commit import Change, commit, utc_now
 from ckptman.repository.file_lock import RootLock
 from ckptman.repository.head import Head, attempts, has_manifest, read_head
@@ -148,7 +149,7 @@ def take(
     timeout_s: float,
     change: Change = tuple,
     what: str = "take over",
-    rebuild: bool = False,
+    mend: Callable[[Storage], str] | None = None,
     on_succession: Callable[[], object] = lambda: None,
     clock: Callable[[], datetime] = utc_now,
 ) -> Ownership:
@@ -160,7 +161,8 @@ def take(
         timeout_s: Seconds to wait for a writer in another process to go away.
         change: Applied to what exists.
         what: The phrase for the catalog.
-        rebuild: Accept a root whose records are all damaged or gone though it holds checkpoints.
+        mend: For a repair: called under the lock, it mends the root's marker and returns the root's id; and a root
+            whose records are all damaged or gone is accepted though it holds checkpoints.
         on_succession: Called when another owner in this process takes over; returns when nothing is under way.
         clock: Tells the time.
 
@@ -169,17 +171,18 @@ def take(
         FormatError: The root is of a newer format, or has checkpoints but no readable record (see `repair`).
         StorageError: The medium failed.
     """
-    root = _marker(storage)
+    root = _marker(storage) if mend is None else ""
     lock = _lock(storage, timeout_s)
     identity, since = secrets.token_hex(8), clock()
 
     def next_writer(head: Head) -> Writer:
-        if head.record is None and not rebuild:
+        if head.record is None and mend is None:
             refuse_unlisted(storage)
         epoch = 1 + _highest_epoch(storage, head)
         return Writer(epoch=epoch, id=identity, host=socket.gethostname(), pid=os.getpid(), since=since)
 
     try:
+        root = root or mend(storage)  # type: ignore[misc]  # one of the two is there
         record = commit(storage, change, root=root, what=what, writer_for=next_writer, clock=clock)
         tidy(storage, record, unlisted(storage, record))
     except BaseException:
@@ -200,9 +203,12 @@ def _highest_epoch(storage: Storage, head: Head) -> int:
 
 def _lock(storage: Storage, timeout_s: float) -> RootLock | None:
     with _OWNERS_MUTEX:
-        predecessor = _OWNERS.pop(storage.identity, None)
+        predecessor = _OWNERS.get(storage.identity)
     if predecessor is not None:
-        return predecessor.surrender()
+        lock = predecessor.surrender()  # if this is interrupted, the predecessor is still the owner
+        with _OWNERS_MUTEX:
+            _OWNERS.pop(storage.identity, None)
+        return lock
     if storage.lock_path is None:
         return None
     lock = RootLock(storage.lock_path)
@@ -267,7 +273,7 @@ def read_marker(data: bytes, url: str) -> str:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{url}/{MARKER} is damaged ({error}): run 'ckptman repair {url}'") from error
     if marker.format > FORMAT:
-        raise FormatError(
+        raise NewerFormat(
             f"{url} has format {marker.format}, this ckptman reads up to {FORMAT}: install a newer ckptman"
         )
     return marker.id

@@ -14,6 +14,7 @@ from ckptman.errors import FormatError
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, read_manifest
 from ckptman.format.names import MARKER, manifest_key
+from ckptman.format.sealed import NewerFormat
 from ckptman.repository.adopt import adopt, complete_entry
 from ckptman.repository.head import attempts, has_manifest, read_head
 from ckptman.repository.ownership import MAX_MARKER_NBYTES, read_marker, take, write_marker
@@ -77,16 +78,13 @@ def repair(storage: Storage, *, timeout_s: float) -> Diagnosis:
     found = diagnose(storage)
     if found.is_healthy:
         return found
-    if found.marker is not None:
-        storage.delete([MARKER])
-        write_marker(storage, _root_id(storage))
     lost_record = not found.has_record
     take(
         storage,
         timeout_s=timeout_s,
         change=(lambda entries: adopt(storage, entries)) if lost_record else tuple,
         what=f"repair: {len(found.adopted)} checkpoints listed again",
-        rebuild=True,
+        mend=_mended,
     ).release()
     return found
 
@@ -102,11 +100,19 @@ def _marker_fault(storage: Storage, *, is_new: bool) -> str | None:
         read_marker(storage.read(MARKER, limit=MAX_MARKER_NBYTES), storage.url)
     except KeyMissing:
         return None if is_new else f"{MARKER} is missing"
-    except FormatError as error:
-        if "newer" in str(error):
-            raise
+    except NewerFormat:
+        raise
+    except FormatError:
         return f"{MARKER} is damaged"
     return None
+
+
+def _mended(storage: Storage) -> str:
+    """The id of the root; its marker is replaced if it cannot be read. To be called by the holder of the lock."""
+    if _marker_fault(storage, is_new=False) is None:
+        return read_marker(storage.read(MARKER, limit=MAX_MARKER_NBYTES), storage.url)
+    storage.delete([MARKER])
+    return write_marker(storage, _root_id(storage))
 
 
 def _root_id(storage: Storage) -> str | None:

@@ -48,6 +48,11 @@ class Differences:
         self._unexpected[component].append(name)
         self.tolerable(f"{component}: {name} is in the checkpoint, and not expected")
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the two sides agree in everything."""
+        return not self._fatal and not self._tolerable
+
     def settle(self, *, strict: bool) -> None:
         """
         Return if there are none; warn once if what there is may be tolerated.

@@ -22,11 +22,13 @@ class Restoration:
     Attributes:
         targets: Name of a stored tensor → the tensor to be filled with exactly its dtype and shape: the live one
             where that can be written to, else a new one. Not necessarily contiguous or on the CPU; ``copy_`` serves.
+        is_complete: Whether it restores all of the live state: nothing was left out, by *only* or by ``strict=False``.
     """
 
-    def __init__(self, filling: Filling) -> None:
+    def __init__(self, filling: Filling, *, is_complete: bool) -> None:
         self._filling = filling
         self.targets: Mapping[str, torch.Tensor] = filling.targets
+        self.is_complete = is_complete
 
     def finish(self) -> dict[str, object]:
         """
@@ -78,7 +80,7 @@ def prepare(
     filling.differences.settle(strict=strict)
     for warning in filling.warnings:
         warnings.warn(f"restoring random streams: {warning}", UserWarning, stacklevel=3)
-    return Restoration(filling)
+    return Restoration(filling, is_complete=only is None and filling.differences.is_empty)
 
 
 def _lacking(name: str, filling: Filling) -> None:
