@@ -34,7 +34,12 @@ def failing(*, as_json: bool) -> Iterator[None]:
     except click.ClickException as error:
         _fail(type(error).__name__, error.format_message(), error.exit_code, as_json=as_json)
     except CkptmanError as error:
-        _fail(type(error).__name__, str(error), error.exit_code, as_json=as_json)
+        _fail(_public_name(error), str(error), error.exit_code, as_json=as_json)
+
+
+def _public_name(error: CkptmanError) -> str:
+    """The name of its class in the tree of errors.py; lower floors have finer ones for themselves."""
+    return next(cls.__name__ for cls in type(error).__mro__ if cls.__module__ == CkptmanError.__module__)
 
 
 def _usage(error: click.UsageError, *, as_json: bool) -> str:
