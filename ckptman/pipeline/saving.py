@@ -21,6 +21,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
 import msgspec
@@ -147,14 +148,12 @@ def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
 @functools.cache
 def environment() -> dict[str, str]:
     """What made a checkpoint: versions, the program's name, the git revision. Never arguments or variables."""
-    import ckptman
-
     found = {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "ckptman": ckptman.__version__,
+        "ckptman": metadata.version("ckptman"),
         "program": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "",
         "git": _git_revision(),
     }
