@@ -144,7 +144,7 @@ def measure(contestant: str, action: str, root: Path, millions: int) -> dict[str
     return {"seconds": seconds, "extra_nbytes": _rss("VmHWM") - before, "nbytes": state.nbytes}
 
 
-def compare(directory: Path, repetitions: int, millions: int) -> dict[str, object]:
+def compare(directory: Path, repetitions: int, millions: int) -> dict[str, dict[str, float]]:
     """All contestants, saved and restored *repetitions* times; medians and spread."""
     samples: dict[str, list[dict[str, float]]] = {}
     for repetition in range(repetitions):
@@ -159,8 +159,7 @@ def compare(directory: Path, repetitions: int, millions: int) -> dict[str, objec
                 done = subprocess.run([*command, "--parameters", str(millions)], check=True, stdout=subprocess.PIPE)
                 samples.setdefault(f"{action}: {contestant}", []).append(json.loads(done.stdout))
             shutil.rmtree(root)
-    machine = {"cores": os.cpu_count(), "platform": platform.platform(), "torch": torch.__version__}
-    return {"machine": machine, "repetitions": repetitions, "results": {k: _summary(v) for k, v in samples.items()}}
+    return {name: _summary(measured) for name, measured in samples.items()}
 
 
 def _summary(samples: list[dict[str, float]]) -> dict[str, float]:
@@ -188,12 +187,14 @@ def main() -> None:
         print(json.dumps(measure(contestant, action, Path(root), arguments.parameters)))
         return
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
-        result = compare(Path(directory), arguments.repetitions, arguments.parameters)
+        results = compare(Path(directory), arguments.repetitions, arguments.parameters)
     print(f"{'':28} {'median':>8} {'min':>8} {'max':>8} {'extra memory':>14}")
-    for name, summary in sorted(result["results"].items(), reverse=True):  # type: ignore[attr-defined]
+    for name, summary in sorted(results.items(), reverse=True):
         times = " ".join(f"{summary[key]:7.2f}s" for key in ("median_s", "min_s", "max_s"))
         print(f"{name:28} {times} {summary['extra_nbytes'] / 2**20:10.0f} MiB")
     if arguments.json:
+        machine = {"cores": os.cpu_count(), "platform": platform.platform(), "torch": torch.__version__}
+        result = {"machine": machine, "repetitions": arguments.repetitions, "results": results}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

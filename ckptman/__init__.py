@@ -36,8 +36,10 @@ if TYPE_CHECKING:
         StorageError,
         UnsupportedState,
     )
-    from ckptman.manager import CheckpointManager, DamagedCheckpointWarning, PendingSave
+    from ckptman.manager import CheckpointManager
+    from ckptman.pipeline.background import PendingSave
     from ckptman.repository import keep
+    from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
     from ckptman.types import Checkpoint, Skipped
 
@@ -48,7 +50,9 @@ _HOMES = {
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
         "LockTimeout", "Preempted", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
     ),
-    "ckptman.manager": ("CheckpointManager", "DamagedCheckpointWarning", "PendingSave"),
+    "ckptman.manager": ("CheckpointManager",),
+    "ckptman.pipeline.background": ("PendingSave",),
+    "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
 }  # fmt: skip

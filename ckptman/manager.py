@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -28,6 +27,7 @@ from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned
 from ckptman.format.catalog import Entry
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
+from ckptman.pipeline.background import Background, PendingSave
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.saving import Job, Saved, write_checkpoint
 from ckptman.pipeline.staging import Arena, unstaged
@@ -46,55 +46,7 @@ from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 from ckptman.types import Checkpoint, Skipped
 
-__all__ = ["CheckpointManager", "DamagedCheckpointWarning", "PendingSave"]
-
 _log = logging.getLogger("ckptman")
-
-
-class PendingSave:
-    """
-    A save under way. Its failure is raised by ``result``, or, if nobody asks, by the next save or by ``close``.
-
-    Attributes:
-        step: The step that is being saved.
-        stall_s: How many seconds ``save`` kept training waiting (for an earlier save, and for staging).
-    """
-
-    def __init__(self, step: int, future: Future[Checkpoint], stall_s: float) -> None:
-        self.step = step
-        self.stall_s = stall_s
-        self._future = future
-        self._is_collected = False
-
-    def __repr__(self) -> str:
-        return f"<PendingSave step={self.step} {'done' if self.done() else 'under way'}>"
-
-    def done(self) -> bool:
-        """Whether it is over, one way or the other. Never waits."""
-        return self._future.done()
-
-    def result(self, timeout: float | None = None) -> Checkpoint:
-        """
-        Wait until the checkpoint is durable and committed.
-
-        Raises:
-            TimeoutError: *timeout* seconds were not enough; the save goes on.
-            SaveFailed, Fenced, CommitUnknown: As ``CheckpointManager.save``.
-        """
-        error = self.exception(timeout)
-        if error is not None:
-            raise error
-        return self._future.result()
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait as ``result`` does; return the error instead of raising it, None if the save succeeded."""
-        error = self._future.exception(timeout)
-        self._is_collected = True
-        return error
-
-    def _uncollected(self) -> BaseException | None:
-        """The failure that nobody has seen yet, which counts as seen from now on. The save must be done."""
-        return None if self._is_collected else self.exception()
 
 
 class CheckpointManager:
@@ -156,10 +108,8 @@ class CheckpointManager:
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
         self._arena = Arena()
-        self._pending: PendingSave | None = None
+        self._background = Background()  # knows nothing of us: the registry of owners keeps it, and not the state
         self._pid = os.getpid()
-        self._background: ThreadPoolExecutor | None = None
-        self._writing_thread: int | None = None  # written by that thread alone
         self._notices = Notices()
         weakref.finalize(self, self._notices.uninstall)
         self._last_save_at = time.monotonic()
@@ -233,8 +183,8 @@ class CheckpointManager:
         json_metrics = metrics_to_json(metrics)
         checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
         check_step(step)
-        self._drain()
-        failure = self._uncollected()
+        self._background.drain()
+        failure = self._background.uncollected()
         if failure is not None:
             if not preempted:
                 raise failure
@@ -262,29 +212,13 @@ class CheckpointManager:
         return PendingSave(job.step, future, time.monotonic() - began)
 
     def _save_behind(self, owner: Ownership, job: Job, began: float) -> PendingSave:
-        if self._background is None:
-            self._background = ThreadPoolExecutor(1, thread_name_prefix="ckptman-save")
         stall_s = time.monotonic() - began
         self._emit(Staged(root=self.root, step=job.step, nbytes=_staged_nbytes(job), stall_s=stall_s))
-        future: Future[Checkpoint] = Future()
-        self._pending = PendingSave(job.step, future, stall_s)  # before the thread knows: Ctrl-C may hit us in between
         try:
-            self._background.submit(self._fulfil, future, owner, job, began)
+            return self._background.start(lambda: self._write(owner, job, began), step=job.step, stall_s=stall_s)
         except BaseException:
-            self._pending = None
-            self._arena = Arena()  # the thread may have the job or not; the old memory is its own from now on
+            self._arena = Arena()  # the save may be under way: the old memory is its own from now on
             raise
-        return self._pending
-
-    def _fulfil(self, future: Future[Checkpoint], owner: Ownership, job: Job, began: float) -> None:
-        self._writing_thread = threading.get_ident()
-        try:
-            future.set_result(self._write(owner, job, began))
-        except BaseException as error:  # noqa: BLE001 - a thread's edge: whoever asks for the result gets it
-            _log.error("saving step %d to %s failed: %s", job.step, self.root, error)
-            future.set_exception(error)
-        finally:
-            self._writing_thread = None
 
     def _write(self, owner: Ownership, job: Job, began: float) -> Checkpoint:
         try:
@@ -316,7 +250,7 @@ class CheckpointManager:
 
     def _own(self) -> Ownership:
         if self._owner is None:
-            self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=_weak_drain(self))
+            self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=self._background.drain)
             self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
         self._owner.check()
         return self._owner
@@ -359,7 +293,7 @@ class CheckpointManager:
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to restore into")
         began = time.monotonic()
-        self._drain()
+        self._background.drain()
         checkpoint = self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
@@ -469,7 +403,7 @@ class CheckpointManager:
         self._check_open()
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
-        self._drain()
+        self._background.drain()
         self._own().commit(change, what)
 
     # ------------------------------------------------------------------ draining
@@ -482,7 +416,7 @@ class CheckpointManager:
             TimeoutError: *timeout* seconds were not enough; the save goes on.
             SaveFailed, Fenced, CommitUnknown: A save failed, and nobody has collected the failure yet.
         """
-        self._drain(timeout)
+        self._background.drain(timeout)
         self._raise_uncollected()
 
     def close(self) -> None:
@@ -494,11 +428,10 @@ class CheckpointManager:
         """
         if self._is_closed or os.getpid() != self._pid:
             return
-        self._drain()
+        self._background.drain()
         self._is_closed = True
         self._notices.uninstall()
-        if self._background is not None:
-            self._background.shutdown()
+        self._background.shutdown()
         if self._owner is not None:
             self._owner.release()
         self._raise_uncollected()
@@ -517,19 +450,8 @@ class CheckpointManager:
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not mask the error of the block
             error.add_note(f"ckptman: and the last save failed: {failure}")
 
-    def _drain(self, timeout: float | None = None) -> None:
-        if self._writing_thread == threading.get_ident():
-            raise RuntimeError("a hook may not call the manager whose save it is told of: it would wait for itself")
-        if self._pending is not None and os.getpid() == self._pid:
-            self._pending._future.exception(timeout)
-
-    def _uncollected(self) -> BaseException | None:
-        """The failure of the last save if nobody has seen it; it counts as seen from now on. To be drained before."""
-        pending, self._pending = self._pending, None
-        return pending._uncollected() if pending is not None and os.getpid() == self._pid else None
-
     def _raise_uncollected(self) -> None:
-        failure = self._uncollected()
+        failure = self._background.uncollected()
         if failure is not None:
             raise failure
 
@@ -543,18 +465,6 @@ class CheckpointManager:
 
 def _staged_nbytes(job: Job) -> int:
     return sum(one.layout.nbytes for one in job.staged)
-
-
-def _weak_drain(manager: CheckpointManager) -> Callable[[], None]:
-    """Drains *manager* without keeping it alive: the registry of owners outlives a manager that was dropped."""
-    reference = weakref.ref(manager)
-
-    def drain() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._drain()
-
-    return drain
 
 
 def _refuse_ranks() -> None:

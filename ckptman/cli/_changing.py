@@ -9,12 +9,13 @@ import click
 
 from ckptman.errors import CheckpointNotFound
 from ckptman.format.catalog import Entry
-from ckptman.format.names import MANIFEST, MARKER
+from ckptman.format.names import MARKER
 from ckptman.repository.adopt import adopt
 from ckptman.repository.commit import Change
 from ckptman.repository.head import attempts, record_numbers
 from ckptman.repository.ownership import take
 from ckptman.repository.repository import Repository
+from ckptman.repository.sweep import garbage
 from ckptman.storage.base import KeyMissing, Storage
 
 
@@ -47,15 +48,7 @@ def entries_to_change(storage: Storage) -> tuple[Entry, ...]:
 
 def freeable_nbytes(storage: Storage, left: Sequence[Entry], candidates: Iterable[str]) -> int:
     """Bytes of those files of the attempts *candidates* that none of the entries *left* owns or borrows."""
-    listed = {entry.attempt for entry in left}
-    borrowed = {key for entry in left for key in entry.borrows}
-    return sum(
-        stored.nbytes
-        for attempt in candidates
-        if attempt not in listed
-        for stored in storage.listing(attempt)
-        if stored.key.endswith((f"/{MANIFEST}", ".safetensors")) and stored.key not in borrowed
-    )
+    return sum(stored.nbytes for stored in garbage(storage, left, candidates))
 
 
 def refuse_unsure(*, is_sure: bool, as_json: bool) -> None:

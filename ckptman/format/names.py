@@ -13,7 +13,6 @@ FORMAT = 1
 
 MARKER = "ckptman.json"
 CATALOG = "catalog"
-LOCK = "writer.lock"
 MANIFEST = "manifest.json"
 
 MAX_STEP = 2**63 - 1

@@ -171,7 +171,7 @@ def take(
         FormatError: The root is of a newer format, or has checkpoints but no readable record (see `repair`).
         StorageError: The medium failed.
     """
-    root = _marker(storage) if mend is None else ""
+    identify = mend or _known(_marker(storage))
     lock = _lock(storage, timeout_s)
     identity, since = secrets.token_hex(8), clock()
 
@@ -182,7 +182,7 @@ def take(
         return Writer(epoch=epoch, id=identity, host=socket.gethostname(), pid=os.getpid(), since=since)
 
     try:
-        root = root or mend(storage)  # type: ignore[misc]  # one of the two is there
+        root = identify(storage)
         record = commit(storage, change, root=root, what=what, writer_for=next_writer, clock=clock)
         tidy(storage, record, unlisted(storage, record))
     except BaseException:
@@ -193,6 +193,10 @@ def take(
     with _OWNERS_MUTEX:
         _OWNERS[storage.identity] = owner
     return owner
+
+
+def _known(root: str) -> Callable[[Storage], str]:
+    return lambda storage: root
 
 
 def _highest_epoch(storage: Storage, head: Head) -> int:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import cast
 
-from ckptman.errors import CheckpointNotFound, FormatError, IntegrityError
+from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, Manifest, read_manifest
@@ -143,10 +143,3 @@ def _best(entries: Sequence[Entry], rule: str, url: str) -> Entry:
             f"no checkpoint of {url} has the metric {metric!r}; there are: {', '.join(names) or '-'}"
         )
     return next(entry for entry in entries if entry.step == first.step)
-
-
-def damage(error: Exception) -> str | None:
-    """Why *error* means that a checkpoint is damaged; None if it means something else."""
-    if isinstance(error, IntegrityError | FormatError | KeyMissing):
-        return str(error)
-    return None

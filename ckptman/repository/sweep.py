@@ -15,13 +15,13 @@ Only manifests and data files are deleted; whatever else lies in a root, or in a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ckptman.errors import StorageError
-from ckptman.format.catalog import Record
+from ckptman.format.catalog import Entry, Record
 from ckptman.format.names import CATALOG, MANIFEST, Attempt, record_key
 from ckptman.repository.head import attempts, record_numbers
-from ckptman.storage.base import Storage
+from ckptman.storage.base import Storage, Stored
 
 _log = logging.getLogger("ckptman")
 
@@ -54,28 +54,30 @@ def _epoch(name: str) -> int:
     return attempt.epoch
 
 
-def sweep_attempts(storage: Storage, record: Record, candidates: Iterable[str]) -> int:
-    """
-    Delete the files of *candidates* that *record* neither lists nor borrows; return their bytes.
-
-    The manifest goes first, so that a sweep that was cut short never leaves what looks complete.
-    """
+def sweep_attempts(storage: Storage, record: Record, candidates: Iterable[str]) -> None:
+    """Delete the files of *candidates* that *record* neither lists nor borrows, and unfinished temporary ones there."""
     listed = {entry.attempt for entry in record.checkpoints}
-    borrowed = {key for entry in record.checkpoints for key in entry.borrows}
-    swept = 0
     for attempt in candidates:
-        if attempt in listed:
-            continue
-        garbage = [
-            stored
-            for stored in storage.listing(attempt)
-            if stored.key not in borrowed and _is_ours(stored.key.removeprefix(f"{attempt}/"))
-        ]
-        garbage.sort(key=lambda stored: not stored.key.endswith(f"/{MANIFEST}"))
-        storage.delete([stored.key for stored in garbage])
-        storage.remove_temporaries(attempt)
-        swept += sum(stored.nbytes for stored in garbage)
-    return swept
+        if attempt not in listed:
+            storage.delete([stored.key for stored in garbage(storage, record.checkpoints, [attempt])])
+            storage.remove_temporaries(attempt)
+
+
+def garbage(storage: Storage, left: Sequence[Entry], candidates: Iterable[str]) -> list[Stored]:
+    """
+    The files of the attempts *candidates* that none of the entries *left* owns or borrows. Deletes nothing.
+
+    Each attempt's manifest comes first, so that a sweep that was cut short never leaves what looks complete.
+    """
+    listed = {entry.attempt for entry in left}
+    borrowed = {key for entry in left for key in entry.borrows}
+    found: list[Stored] = []
+    for attempt in candidates:
+        if attempt not in listed:
+            files = [stored for stored in storage.listing(attempt) if stored.key not in borrowed]
+            ours = [stored for stored in files if _is_ours(stored.key.removeprefix(f"{attempt}/"))]
+            found += sorted(ours, key=lambda stored: not stored.key.endswith(f"/{MANIFEST}"))
+    return found
 
 
 def _is_ours(name: str) -> bool:

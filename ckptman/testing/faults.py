@@ -49,14 +49,14 @@ class Fault:
         name: Count the calls of this name only, reading ones included; else all that change the disk.
         moment: When within the call.
         lasting: Whether every later call (that counts) fails too.
-        strike: Raises, or ends the process; None lets a torn call pass as a short one.
+        strike: What happens then: it raises, ends the process, or returns (after a pause, say) and the call goes on.
     """
 
     at: int
     name: str | None = None
     moment: Moment = "before"
     lasting: bool = False
-    strike: Callable[[], NoReturn] | None
+    strike: Callable[[], object]
 
 
 def fail(at: int, error: int, *, name: str | None = None, moment: Moment = "before", lasting: bool = False) -> Fault:
@@ -89,7 +89,7 @@ def sigkill(at: int, *, name: str | None = None, moment: Moment = "before") -> F
 
 def short_write(at: int = 1, *, lasting: bool = True) -> Fault:
     """From write number *at* on (only that one, if not *lasting*), each takes about half of its bytes, at least one."""
-    return Fault(at=at, name="write", moment="torn", lasting=lasting, strike=None)
+    return Fault(at=at, name="write", moment="torn", lasting=lasting, strike=lambda: None)
 
 
 class FaultySystem(System):
@@ -121,7 +121,7 @@ class FaultySystem(System):
         if moment == "before":
             self._strike()
         written = self._inner.write(file, data[: max(1, len(data) // 2)] if moment == "torn" else data)
-        if moment:
+        if moment in ("torn", "after"):
             self._strike()
         return written
 
@@ -198,8 +198,6 @@ class FaultySystem(System):
         assert self._fault is not None
         with self._lock:
             self.struck += 1
-        if self._fault.strike is None:
-            return
         try:
             self._fault.strike()
         except Killed:

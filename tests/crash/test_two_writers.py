@@ -188,15 +188,8 @@ def test_a_forked_child_is_not_the_writer(scratch: Path) -> None:
 
 
 def pausing(at: int) -> FaultySystem:
-    """A system that stops the process before call number *at*, once, until somebody sends SIGCONT."""
-    stopped: list[bool] = []
-
-    def stop() -> None:
-        if not stopped:
-            stopped.append(True)
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-    return FaultySystem(Fault(at=at, strike=stop))  # type: ignore[arg-type]  # one that returns: the call then happens
+    """A system that stops the process before call number *at*, until somebody sends SIGCONT; then the call happens."""
+    return FaultySystem(Fault(at=at, strike=lambda: os.kill(os.getpid(), signal.SIGSTOP)))
 
 
 def sleeper(root: Path, system: FaultySystem) -> Callable[[Tell], None]:

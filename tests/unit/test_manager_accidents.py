@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from ckptman import CheckpointManager, CommitUnknown, Fenced, Preempted, SaveFailed, StorageError, keep
+from ckptman import CheckpointManager, CommitUnknown, Fenced, LockTimeout, Preempted, SaveFailed, StorageError, keep
 from ckptman.events import Committed, Event
+from ckptman.repository.file_lock import RootLock
 from ckptman.repository.keep import Keep
 from ckptman.repository.repair import repair
 from ckptman.storage.base import Buffer, NewFile, Stored
@@ -79,17 +80,18 @@ def test_ctrl_c_while_a_job_is_handed_over_mixes_nothing() -> None:
     storage.open.set()
     manager.save(0).result()
     storage.open.clear()
-    assert manager._background is not None
-    submit = manager._background.submit
+    executor = manager._background._executor
+    assert executor is not None
+    submit = executor.submit
 
     def interrupted(*args: Any) -> None:
         submit(*args)
         raise KeyboardInterrupt
 
-    manager._background.submit = interrupted  # type: ignore[method-assign]
+    executor.submit = interrupted  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         manager.save(1)
-    manager._background.submit = submit  # type: ignore[method-assign]
+    executor.submit = submit  # type: ignore[method-assign]
     x.fill_(2)
     pending = manager.save(2)
     storage.open.set()
@@ -262,7 +264,7 @@ def test_a_preemption_saves_although_an_earlier_save_failed(tmp_path: Path) -> N
     with pytest.raises(Preempted), CheckpointManager(tmp_path, {"x": torch.ones(1)}, keep=Keep(rule)) as manager:
         manager.maybe_save(1)
         manager.save(1)
-        manager._drain()
+        manager._background.drain()
         os.kill(os.getpid(), signal.SIGTERM)
         manager.maybe_save(2)
     assert [c.step for c in CheckpointManager(tmp_path).checkpoints()] == [2]
@@ -317,7 +319,7 @@ def test_a_partial_restore_does_not_clear_the_half_restored_state(tmp_path: Path
 
 
 def test_repair_mends_the_marker_wherever_the_root_is(tmp_path: Path) -> None:
-    """Also in a folder called ``newer``; and not before it has the lock."""
+    """Also in a folder whose name is the word that tells a newer format."""
     root = tmp_path / "newer"
     with CheckpointManager(root, {"x": torch.ones(1)}) as manager:
         manager.save(1, block=True)
@@ -325,3 +327,19 @@ def test_repair_mends_the_marker_wherever_the_root_is(tmp_path: Path) -> None:
     (root / "ckptman.json").write_bytes(b"{")
     repair(LocalStorage(root), timeout_s=0)
     assert (root / "ckptman.json").read_bytes() == whole
+
+
+def test_repair_touches_nothing_before_it_has_the_lock(tmp_path: Path) -> None:
+    """While another process is the writer, a damaged marker stays as it is; afterwards it is mended."""
+    with CheckpointManager(tmp_path, {"x": torch.ones(1)}) as manager:
+        manager.save(1, block=True)
+    whole = (tmp_path / "ckptman.json").read_bytes()
+    (tmp_path / "ckptman.json").write_bytes(b"{")
+    holder = RootLock(tmp_path / "writer.lock")
+    assert holder.acquire(0)
+    with pytest.raises(LockTimeout):
+        repair(LocalStorage(tmp_path), timeout_s=0)
+    assert (tmp_path / "ckptman.json").read_bytes() == b"{"
+    holder.release()
+    repair(LocalStorage(tmp_path), timeout_s=0)
+    assert (tmp_path / "ckptman.json").read_bytes() == whole

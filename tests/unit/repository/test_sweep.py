@@ -13,7 +13,7 @@ from ckptman import CheckpointManager, keep
 from ckptman.format.catalog import Entry
 from ckptman.repository.head import read_head
 from ckptman.repository.ownership import take
-from ckptman.repository.sweep import sweep_attempts, unlisted
+from ckptman.repository.sweep import garbage, sweep_attempts, unlisted
 from ckptman.storage.base import StorageError
 from ckptman.storage.memory import MemoryStorage
 
@@ -113,7 +113,8 @@ def test_the_manifest_goes_first() -> None:
     owner = take(storage, timeout_s=0)
     put(storage, attempt(1))
     deleted.clear()
-    assert sweep_attempts(storage, owner.newest, [attempt(1)]) == 30
+    assert sum(stored.nbytes for stored in garbage(storage, (), [attempt(1)])) == 30
+    sweep_attempts(storage, owner.newest, [attempt(1)])
     assert deleted[0].endswith("/manifest.json")
     assert len(deleted) == 3
 
