@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
+    from ckptman.pipeline.budget import Limits
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -52,6 +53,7 @@ _HOMES = {
     ),
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
+    "ckptman.pipeline.budget": ("Limits",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -69,6 +71,7 @@ __all__ = [
     "Fenced",
     "FormatError",
     "IntegrityError",
+    "Limits",
     "LockError",
     "LockTimeout",
     "PendingSave",

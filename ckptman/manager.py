@@ -27,10 +27,11 @@ from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned
 from ckptman.format.catalog import Entry
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
-from ckptman.pipeline.background import Background, PendingSave
+from ckptman.pipeline.background import PendingSave
+from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.saving import Job, Saved, write_checkpoint
-from ckptman.pipeline.staging import Arena, unstaged
 from ckptman.preemption import Notices
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
@@ -69,8 +70,14 @@ class CheckpointManager:
             for reading: such a manager takes no lock and never writes.
         save_every: What ``maybe_save`` follows: `Every`, or any ``(step, seconds since the last save) -> bool``.
         keep: What to retain. The default deletes nothing; the newest and tagged checkpoints are always kept.
+        overlap: Whether ``save`` may return before everything is staged. What an optimizer of the state owns
+            (parameters, moments) is then copied behind the next forward and backward pass, and the optimizer's
+            ``step()`` waits for it. A tensor that is changed in place before that step fails the save: its version
+            counter tells. *Not* seen are changes that move no counter: through ``.data`` or NumPy, and those of an
+            optimizer step that was compiled.
         rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
         lock_timeout: Seconds to wait for another writer to go away.
+        limits: Memory, threads, and saves at a time: see `Limits`.
         hooks: Called with every event.
 
     Use it from one thread, in one process: in a job of several ranks, on one of them.
@@ -86,8 +93,10 @@ class CheckpointManager:
         *,
         save_every: Schedule | None = None,
         keep: Keep = keep_rules.everything,
+        overlap: bool = False,
         rng: bool = True,
         lock_timeout: float = 60.0,
+        limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
     ) -> None:
         self._storage = open_storage(root)
@@ -107,14 +116,16 @@ class CheckpointManager:
         self._lock_timeout_s = lock_timeout
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
-        self._arena = Arena()
-        self._background = Background()  # knows nothing of us: the registry of owners keeps it, and not the state
+        self._engine = Engine(self._state, limits, overlap=overlap)
+        self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         self._notices = Notices()
         weakref.finalize(self, self._notices.uninstall)
+        weakref.finalize(self, self._engine.forget)
         self._last_save_at = time.monotonic()
         self._half_restored: str | None = None
         self._is_closed = False
+        self._engine.prefault()
 
     @property
     def root(self) -> str:
@@ -139,7 +150,8 @@ class CheckpointManager:
 
         Returns once the state is staged: training may go on and change it, while a background thread writes. With
         ``block=True`` it returns once the checkpoint is durable and committed. A save that is still under way is
-        waited for first. Saving a step that exists replaces it atomically and makes it the latest.
+        waited for first (as many may be as `Limits` says). Saving a step that exists replaces it atomically and makes
+        it the latest.
 
         Nothing of the training run is changed by it: no tensor, no optimizer, no random stream.
 
@@ -183,7 +195,7 @@ class CheckpointManager:
         json_metrics = metrics_to_json(metrics)
         checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
         check_step(step)
-        self._background.drain()
+        self._engine.admit(block=block)
         failure = self._background.uncollected()
         if failure is not None:
             if not preempted:
@@ -198,34 +210,34 @@ class CheckpointManager:
             tags=checked_tags,
             preempted=preempted,
             captured={name: replace(part, leaves=()) for name, part in captured.items()},
-            staged=unstaged(captured) if block else self._arena.stage(captured),
             keep=self._keep,
         )
+        attempts = {entry.attempt for entry in owner.newest.checkpoints}
         self._last_save_at = time.monotonic()
-        if block:
-            return self._save_now(owner, job, began)
-        return self._save_behind(owner, job, began)
-
-    def _save_now(self, owner: Ownership, job: Job, began: float) -> PendingSave:
+        if not block:
+            return self._engine.save_behind(
+                lambda source: self._write(owner, job, source, began),
+                captured,
+                attempts,
+                step=step,
+                began=began,
+                on_staged=lambda nbytes, stall_s: self._emit(
+                    Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s)
+                ),
+            )
         future: Future[Checkpoint] = Future()
-        future.set_result(self._write(owner, job, began))
-        return PendingSave(job.step, future, time.monotonic() - began)
+        future.set_result(
+            self._engine.save_now(lambda source: self._write(owner, job, source, began), captured, attempts)
+        )
+        return PendingSave(step, future, time.monotonic() - began)
 
-    def _save_behind(self, owner: Ownership, job: Job, began: float) -> PendingSave:
-        stall_s = time.monotonic() - began
-        self._emit(Staged(root=self.root, step=job.step, nbytes=_staged_nbytes(job), stall_s=stall_s))
+    def _write(self, owner: Ownership, job: Job, source: Source, began: float) -> Checkpoint:
         try:
-            return self._background.start(lambda: self._write(owner, job, began), step=job.step, stall_s=stall_s)
-        except BaseException:
-            self._arena = Arena()  # the save may be under way: the old memory is its own from now on
-            raise
-
-    def _write(self, owner: Ownership, job: Job, began: float) -> Checkpoint:
-        try:
-            saved: Saved = write_checkpoint(owner, job)
+            saved: Saved = write_checkpoint(owner, job, source)
         except BaseException as error:
             self._emit(SaveErred(root=self.root, step=job.step, error=error))
             raise
+        self._engine.borrowing.saved(saved.manifest)
         duration_s = time.monotonic() - began
         _log.info("saved step %d to %s: %d bytes in %.2f s", job.step, self.root, saved.checkpoint.nbytes, duration_s)
         self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
@@ -294,7 +306,10 @@ class CheckpointManager:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to restore into")
         began = time.monotonic()
         self._background.drain()
-        checkpoint = self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
+        with self._engine.paused():
+            checkpoint = (
+                self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
+            )
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
@@ -351,6 +366,7 @@ class CheckpointManager:
             self._half_restored = f"restoring step {entry.step} failed: {error}"
             raise
         self._half_restored = None if restoration.is_complete else before
+        self._engine.borrowing.restored(manifest, restoration.targets.keys())
         return replace(self._repository.checkpoint(entry), values=values)
 
     # ------------------------------------------------------------------ looking
@@ -431,7 +447,7 @@ class CheckpointManager:
         self._background.drain()
         self._is_closed = True
         self._notices.uninstall()
-        self._background.shutdown()
+        self._engine.close()
         if self._owner is not None:
             self._owner.release()
         self._raise_uncollected()
@@ -461,10 +477,6 @@ class CheckpointManager:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
-
-
-def _staged_nbytes(job: Job) -> int:
-    return sum(one.layout.nbytes for one in job.staged)
 
 
 def _refuse_ranks() -> None:

@@ -18,6 +18,10 @@ ALGORITHM = "xxh3-128"
 BLOCK_NBYTES = 8 << 20
 
 
+Hasher = xxhash.xxh3_128
+"""Computes one block's digest piece by piece: ``update``, then ``hexdigest``."""
+
+
 def blocks(nbytes: int, block_nbytes: int = BLOCK_NBYTES) -> Iterator[tuple[int, int]]:
     """The (start, stop) of every block of *nbytes* bytes; none for 0 bytes."""
     for start in range(0, nbytes, block_nbytes):

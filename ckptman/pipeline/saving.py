@@ -3,7 +3,8 @@ One save, from what is staged to what is committed.
 
 1. Name the attempt; nobody else ever writes under that name.
 2. Write the data files: each is created exclusively and durable when it is closed.
-3. Write the manifest likewise, then make the names in the attempt's folder and in the root durable.
+3. Write the manifest likewise, then make the names in the attempt's folder and in the root durable. Where staging was
+   left to a thread, wait until it is known that nothing was changed while it was copied (overlap.py).
 4. Commit: one catalog record that lists the checkpoint and, in the same breath, drops what ``keep`` does not keep.
 5. Delete the files of what was dropped.
 
@@ -18,7 +19,7 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -34,7 +35,7 @@ from ckptman.format.digest import sha256
 from ckptman.format.manifest import Component, Manifest, write_manifest
 from ckptman.format.metrics import JsonMetrics
 from ckptman.format.names import Attempt, manifest_key
-from ckptman.pipeline.staging import Staged
+from ckptman.pipeline.engine import Source
 from ckptman.pipeline.writing import write_files
 from ckptman.repository.changes import retained, with_checkpoint
 from ckptman.repository.keep import Keep
@@ -46,7 +47,7 @@ from ckptman.types import Checkpoint
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A staged save. ``captured`` gives kinds, values and aliases; the tensors' bytes are in ``staged``."""
+    """A save. ``captured`` gives kinds, values and aliases; the tensors' bytes come from a `Source`."""
 
     step: int
     created_at: datetime
@@ -54,19 +55,19 @@ class Job:
     tags: tuple[str, ...]
     preempted: bool
     captured: Mapping[str, Captured]
-    staged: Sequence[Staged]
     keep: Keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """A committed save: the checkpoint, and the steps that the keep rule dropped with it."""
+    """A committed save: the checkpoint and its manifest, and the steps that the keep rule dropped with it."""
 
     checkpoint: Checkpoint
+    manifest: Manifest
     pruned: tuple[int, ...]
 
 
-def write_checkpoint(owner: Ownership, job: Job) -> Saved:
+def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:
     """
     Write and commit *job*; the checkpoint is durable when this returns.
 
@@ -78,12 +79,13 @@ def write_checkpoint(owner: Ownership, job: Job) -> Saved:
     owner.check()
     attempt = str(Attempt(step=job.step, epoch=owner.writer.epoch, nonce=secrets.token_hex(4)))
     try:
-        entry = _write_attempt(owner, job, attempt)
+        manifest, entry = _write_attempt(owner, job, source, attempt)
+        source.confirm()
     except BaseException as error:
         owner.discard(attempt)
         raise _failed(job, error) from error
     try:
-        return _commit(owner, job, entry)
+        return _commit(owner, job, manifest, entry)
     except CommitUnknown:
         raise  # it may be listed: whoever reads the catalog next knows
     except (Fenced, SaveFailed, StorageError) as error:
@@ -100,10 +102,12 @@ def _failed(job: Job, error: BaseException) -> BaseException:
     return SaveFailed(f"saving step {job.step} failed, nothing was committed: {error}", step=job.step)
 
 
-def _write_attempt(owner: Ownership, job: Job, attempt: str) -> Entry:
+def _write_attempt(owner: Ownership, job: Job, source: Source, attempt: str) -> tuple[Manifest, Entry]:
     storage = owner.storage
     after = owner.newest.number
-    files, tensors = write_files(storage, attempt, job.staged)
+    files, tensors = write_files(storage, attempt, source.files, source.slots, source.arena)
+    tensors += source.borrowed.behind(len(files))
+    files += source.borrowed.files
     manifest = Manifest(
         root=owner.root,
         step=job.step,
@@ -125,10 +129,10 @@ def _write_attempt(owner: Ownership, job: Job, attempt: str) -> Entry:
     with storage.open_new(manifest_key(attempt)) as out:
         out.write(data)
     storage.persist([attempt, ""])
-    return entry_of(manifest, sha256(data), tags=job.tags)
+    return manifest, entry_of(manifest, sha256(data), tags=job.tags)
 
 
-def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
+def _commit(owner: Ownership, job: Job, manifest: Manifest, entry: Entry) -> Saved:
     url = owner.storage.url
     dropped: list[Entry] = []
 
@@ -142,7 +146,8 @@ def _commit(owner: Ownership, job: Job, entry: Entry) -> Saved:
         return left
 
     record = owner.commit(change, f"save step {job.step}")
-    return Saved(checkpoint=checkpoint_of(record.checkpoints[-1], url), pruned=tuple(entry.step for entry in dropped))
+    checkpoint = checkpoint_of(record.checkpoints[-1], url)
+    return Saved(checkpoint=checkpoint, manifest=manifest, pruned=tuple(entry.step for entry in dropped))
 
 
 @functools.cache

@@ -1,109 +1,168 @@
 """
 Staging: the state is copied to where training cannot change it, laid out as the files that will be written.
 
-A component's tensors become one safetensors file. The arena is one long-lived host buffer that holds the data of
-all files at their final offsets; it grows to the largest state it has seen and is reused by every later save.
+    fits into the budget       every segment is copied to a slot of its own; then ``save`` returns
+    does not fit               slots go round: each is written and given back before the next segment is copied to it
+    the caller waits anyway    the same with a few slots: they are what is written from, and all the memory it takes
+    overlap                    as the first, but what only an optimizer's step can change is copied by a thread
+
+A copy goes straight to the place that the bytes will have in the file: whole small tensors in bulk, large ones as they
+are cut by the segments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ckptman.format.safetensors_layout import Layout, Placed, Wanted, lay_out
+from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.planning import Part, PlannedFile, Planner, Run, Segment
+from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured, Leaf
-from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
+from ckptman.state.tensors import has_copy_kernel, is_row_major
 
-PAGE_NBYTES = 4096
+# views of one buffer in the shapes of others, made in C++ at once; DistributedDataParallel lives on it
+_unflatten: Callable[[torch.Tensor, Sequence[torch.Tensor]], Sequence[torch.Tensor]] = (
+    torch._utils._unflatten_dense_tensors
+)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Staged:
-    """One file to be written: whose tensors, where each lies, and how to get the bytes of one."""
-
-    component: str
-    layout: Layout
-    bytes_of: Callable[[Placed], memoryview]
+Chosen = Callable[[torch.Tensor], bool]
+"""Which tensors are to be copied now."""
 
 
-class Arena:
+def _everything(_: torch.Tensor) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One file and the live tensors that it will hold, in the order of their bytes."""
+
+    file: PlannedFile
+    tensors: Sequence[torch.Tensor]
+
+
+class Staging:
     """
-    The staging memory. Used by one save at a time.
+    One save on its way from the live tensors into slots.
 
-    Peak memory is that of the largest state; none is taken before the first ``stage``.
+    Holds the live tensors until it is staged. To be used by one thread at a time.
     """
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def stage(self, captured: Mapping[str, Captured]) -> list[Staged]:
-        """Copy every leaf; then training may change the state. What is returned holds until the next call."""
-        layouts = {name: _layout(component.leaves) for name, component in captured.items() if component.leaves}
-        self._reserve(sum(_pages(layout.nbytes) for layout in layouts.values()))
-        staged, offset = [], 0
-        for name, layout in layouts.items():
-            image = self._memory[offset : offset + layout.nbytes]
-            offset += _pages(layout.nbytes)
-            tensors = _by_inner_name(captured[name].leaves)
-            for placed in layout.tensors:
-                tensor = tensors[placed.name]
-                region = image[placed.start : placed.start + placed.nbytes]
-                overwrite(region.view(tensor.dtype).view(placed.shape), tensor)
-            staged.append(Staged(component=name, layout=layout, bytes_of=_slices(as_bytes(image))))
-        return staged
-
-    def _reserve(self, nbytes: int) -> None:
-        if self._memory.numel() < nbytes:
-            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old buffer before taking the new one
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
-
-
-def unstaged(captured: Mapping[str, Captured]) -> list[Staged]:
-    """
-    The same files straight from the live tensors' memory, for a save that training waits for.
-
-    Only a tensor that is not on the host, or not row-major, is copied, one at a time.
-    """
-    return [
-        Staged(component=name, layout=_layout(component.leaves), bytes_of=_live(component.leaves))
-        for name, component in captured.items()
-        if component.leaves
-    ]
-
-
-def _layout(leaves: Sequence[Leaf]) -> Layout:
-    return lay_out(
-        [
-            Wanted(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-            for name, tensor in _by_inner_name(leaves).items()
+    def __init__(
+        self,
+        arena: Arena,
+        planner: Planner,
+        captured: Mapping[str, Captured],
+        *,
+        without: Collection[str] = (),
+        slots: int | None = None,
+    ) -> None:
+        """Plan to stage all of *captured* but the tensors *without*; with at most so many *slots*."""
+        self._arena = arena
+        self._sources = [
+            _source(planner, name, leaves)
+            for name, part in captured.items()
+            if (leaves := [leaf for leaf in part.leaves if leaf.name not in without] if without else part.leaves)
         ]
-    )
+        self.files = [source.file for source in self._sources]
+        self.count = sum(len(file.segments) for file in self.files)
+        self._wanted = self.count if slots is None else min(slots, self.count)
+        self._others = arena.in_use()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that will be written."""
+        return sum(file.layout.nbytes for file in self.files)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there may be a slot for every segment."""
+        return self.count <= min(self._wanted, self._arena.capacity())
+
+    def run(self, stream: Stream) -> None:
+        """Copy every segment into a slot and send it, waiting for slots; stop early where nobody receives any more."""
+        try:
+            for slot in self.copied():
+                if not stream.put(slot):
+                    return
+        except BaseException as error:
+            stream.fail(error)
+            raise
+        stream.end()
+
+    def run_partly(self, chosen: Chosen) -> list[Slot]:
+        """Take a slot for every segment, and copy those tensors that are *chosen*. `finish` copies the others."""
+        slots: list[Slot] = []
+        for source, segment in self._segments():
+            slots.append(self._arena.take(wanted=self._others + self._wanted))
+            _fill(slots[-1], segment, source.tensors, chosen)
+        return slots
+
+    def finish(self, slots: Sequence[Slot], chosen: Chosen) -> None:
+        """Copy what is *chosen* into the *slots* that ``run_partly`` gave."""
+        for slot, (source, segment) in zip(slots, self._segments(), strict=True):
+            _fill(slot, segment, source.tensors, chosen)
+
+    def copied(self) -> Iterator[Slot]:
+        """Every segment, copied into a slot when it is asked for; each is to be given back before the next may come."""
+        for source, segment in self._segments():
+            slot = self._arena.take(wanted=self._others + self._wanted)
+            _fill(slot, segment, source.tensors, _everything)
+            yield slot
+
+    def _segments(self) -> Iterator[tuple[_Source, Segment]]:
+        for source in self._sources:
+            for segment in source.file.segments:
+                yield source, segment
 
 
-def _by_inner_name(leaves: Sequence[Leaf]) -> dict[str, torch.Tensor]:
-    """Under their names within the component, which other tools will see in the file."""
-    return {leaf.name.partition("/")[2]: leaf.tensor for leaf in leaves}
+def _source(planner: Planner, component: str, leaves: Sequence[Leaf]) -> _Source:
+    file = planner.plan(component, leaves)
+    return _Source(file, [leaves[index].tensor for index in file.order])
 
 
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_NBYTES) * PAGE_NBYTES
+def _fill(slot: Slot, segment: Segment, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
+    slot.view[: len(segment.header)] = segment.header
+    for piece in segment.pieces:
+        if isinstance(piece, Part):
+            if chosen(tensors[piece.index]):
+                _copy_part(slot.tensor, piece, tensors[piece.index])
+        elif chosen is _everything:
+            _copy_run(slot.tensor[piece.at : piece.at + piece.nbytes], tensors[piece.first : piece.last])
+        else:
+            _copy_chosen(slot.tensor, piece, tensors, chosen)
 
 
-def _slices(image: memoryview) -> Callable[[Placed], memoryview]:
-    return lambda placed: image[placed.start : placed.start + placed.nbytes]
+def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy whole *tensors* of one dtype, one behind the other, into *region*."""
+    if not has_copy_kernel(tensors[0].dtype):  # then they are contiguous: see plain_view
+        tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    places = _unflatten(region.view(tensors[0].dtype), tensors)
+    torch._foreach_copy_(list(places), list(tensors))
 
 
-def _live(leaves: Sequence[Leaf]) -> Callable[[Placed], memoryview]:
-    tensors = _by_inner_name(leaves)
+def _copy_chosen(slot: torch.Tensor, run: Run, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
+    at = run.at
+    for tensor in tensors[run.first : run.last]:
+        nbytes = tensor.numel() * tensor.element_size()
+        if chosen(tensor):
+            _copy_run(slot[at : at + nbytes], [tensor])
+        at += nbytes
 
-    def bytes_of(placed: Placed) -> memoryview:
-        tensor = tensors[placed.name]
-        if tensor.device.type != "cpu" or not is_row_major(tensor):
-            copy = torch.empty(placed.shape, dtype=tensor.dtype)
-            overwrite(copy, tensor)
-            tensor = copy
-        return as_bytes(tensor)
 
-    return bytes_of
+def _copy_part(slot: torch.Tensor, part: Part, tensor: torch.Tensor) -> None:
+    region = slot[part.at : part.at + part.stop - part.start]
+    region.copy_(_bytes(tensor, part.start, part.stop))
+
+
+def _bytes(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Bytes *start* to *stop* of *tensor* in row-major order, on its device; a copy only where it is not so itself."""
+    if is_row_major(tensor):
+        return tensor.view(-1).view(torch.uint8)[start:stop]
+    row_nbytes = tensor[0].numel() * tensor.element_size()
+    first, last = start // row_nbytes, -(-stop // row_nbytes)
+    rows = tensor[first:last].contiguous().view(-1).view(torch.uint8)
+    return rows[start - first * row_nbytes : stop - first * row_nbytes]

@@ -1,73 +1,132 @@
-"""Writing the files of an attempt: large tensors straight from their memory, small ones together, digests beside."""
+"""Writing the files of an attempt from staged slots, while another thread computes the digests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from ckptman.format.digest import digests
+from ckptman.format.digest import BLOCK_NBYTES, Hasher, block_digest
 from ckptman.format.manifest import Chunk, File, Tensor
 from ckptman.format.names import data_key
 from ckptman.format.safetensors_layout import Placed
-from ckptman.pipeline.staging import Staged
+from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
 from ckptman.storage.base import NewFile, Storage
 
-TOGETHER_NBYTES = 1 << 20
-"""Tensors below this size are gathered and written together, about this many bytes at a time."""
+Result = TypeVar("Result")
 
 
-def write_files(storage: Storage, attempt: str, staged: Sequence[Staged]) -> tuple[list[File], list[Tensor]]:
+def write_files(
+    storage: Storage, attempt: str, files: Sequence[PlannedFile], slots: Iterator[Slot], arena: Arena
+) -> tuple[list[File], list[Tensor]]:
     """
     Write every file under new names; return how the manifest describes them and their tensors.
 
-    All bytes are durable when this returns; the files' names are not before ``persist``.
+    All bytes are durable when this returns; the files' names are not before ``persist``. *slots* are those of the
+    segments of *files*, in order; each is given back to *arena* as soon as it is written.
 
     Raises:
         StorageError: The medium failed. What was written is garbage.
+        StagingStopped: So did staging.
     """
-    files: list[File] = []
+    described: list[File] = []
     tensors: list[Tensor] = []
     with ThreadPoolExecutor(1, thread_name_prefix="ckptman-digest") as beside:
-        for one in staged:
-            path = data_key(attempt, one.component)
+        for file in files:
+            path = data_key(attempt, file.component)
+            digesting = _Digesting(file.layout.tensors)
             with storage.open_new(path) as out:
-                written = _write_file(out, one, beside)
-            files.append(one.layout.file(path))
-            tensors += [_described(one.component, placed, sums, len(files) - 1) for placed, sums in written]
-    return files, tensors
+                for segment in file.segments:
+                    slot = next(slots)
+                    try:
+                        _write_segment(out, segment, slot.view, digesting, beside)
+                    finally:
+                        arena.give_back(slot)
+            described.append(file.layout.file(path))
+            tensors += digesting.described(file.component, len(described) - 1)
+    return described, tensors
 
 
-def _write_file(out: NewFile, staged: Staged, beside: ThreadPoolExecutor) -> list[tuple[Placed, tuple[str, ...]]]:
-    written: list[tuple[Placed, tuple[str, ...]]] = []
-    together = bytearray(staged.layout.header)
-    for placed in staged.layout.tensors:
-        data = staged.bytes_of(placed)
-        if placed.nbytes < TOGETHER_NBYTES:
-            together += data
-            written.append((placed, digests(data)))
-            if len(together) >= TOGETHER_NBYTES:
-                out.write(together)
-                together = bytearray()
-            continue
-        if together:
-            out.write(together)
-            together = bytearray()
-        sums = _digests_beside(beside, data)
-        out.write(data)
-        written.append((placed, sums()))
-    out.write(together)
-    return written
-
-
-def _digests_beside(beside: ThreadPoolExecutor, data: memoryview) -> Callable[[], tuple[str, ...]]:
+def _write_segment(
+    out: NewFile, segment: Segment, data: memoryview, digesting: _Digesting, beside: ThreadPoolExecutor
+) -> None:
+    digested = _begin(beside, lambda: digesting.feed(segment, data))
     try:
-        return beside.submit(digests, data).result
+        out.write(data[: segment.nbytes])
+    finally:
+        digested()  # after this nobody reads *data* any more
+
+
+def _begin(executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Callable[[], Result]:
+    """Begin *work* on another thread; what is returned waits for it."""
+    try:
+        return executor.submit(work).result
     except RuntimeError:  # the interpreter waits for this last save before it exits, and starts no thread any more
-        sums = digests(data)
-        return lambda: sums
+        done = work()
+        return lambda: done
 
 
-def _described(component: str, placed: Placed, sums: tuple[str, ...], file: int) -> Tensor:
-    key = placed.key if placed.key != placed.name else None
-    chunk = Chunk(file=file, start=placed.start, nbytes=placed.nbytes, digests=sums, key=key)
-    return Tensor(name=f"{component}/{placed.name}", dtype=placed.dtype, shape=placed.shape, chunks=(chunk,))
+class _Digesting:
+    """The digests of a file's tensors, from its segments in order."""
+
+    def __init__(self, tensors: Sequence[Placed]) -> None:
+        self._tensors = tensors
+        self._digests: list[tuple[str, ...]] = []  # of the tensors that are complete
+        self._blocks: list[str] = []  # of the one that is not
+        self._hasher = Hasher()  # of its block that is not
+
+    def feed(self, segment: Segment, data: memoryview) -> None:
+        for piece in segment.pieces:
+            if isinstance(piece, Run):
+                self._run(piece, data)
+            else:
+                self._part(piece, data[piece.at : piece.at + piece.stop - piece.start])
+
+    def described(self, component: str, file: int) -> list[Tensor]:
+        return [
+            Tensor(
+                name=f"{component}/{placed.name}",
+                dtype=placed.dtype,
+                shape=placed.shape,
+                chunks=(
+                    Chunk(
+                        file=file,
+                        start=placed.start,
+                        nbytes=placed.nbytes,
+                        digests=digests,
+                        key=placed.key if placed.key != placed.name else None,
+                    ),
+                ),
+            )
+            for placed, digests in zip(self._tensors, self._digests, strict=True)
+        ]
+
+    def _run(self, run: Run, data: memoryview) -> None:
+        at = run.at
+        for placed in self._tensors[run.first : run.last]:
+            stop = at + placed.nbytes
+            if placed.nbytes > BLOCK_NBYTES:
+                self._part(Part(0, 0, placed.nbytes, at), data[at:stop])
+            else:
+                self._digests.append((block_digest(data[at:stop]),) if placed.nbytes else ())
+            at = stop
+
+    def _part(self, part: Part, data: memoryview) -> None:
+        position = part.start
+        while data:
+            room = BLOCK_NBYTES - position % BLOCK_NBYTES
+            head, data = data[:room], data[room:]
+            self._hasher.update(head)
+            position += len(head)
+            if position % BLOCK_NBYTES == 0:
+                self._end_block()
+        if position == self._tensors[len(self._digests)].nbytes:
+            if position % BLOCK_NBYTES:
+                self._end_block()
+            self._digests.append(tuple(self._blocks))
+            self._blocks = []
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._hasher.hexdigest())
+        self._hasher = Hasher()

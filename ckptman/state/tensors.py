@@ -52,6 +52,11 @@ def is_storable(dtype: torch.dtype) -> bool:
     return dtype in _BY_DTYPE
 
 
+def has_copy_kernel(dtype: torch.dtype) -> bool:
+    """Whether torch can copy tensors of *dtype*; if not, their bytes can be copied where they are contiguous."""
+    return dtype not in _WITHOUT_COPY
+
+
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """
     The bytes of *tensor* in row-major order, as a view: no copy, and writing into it writes into the tensor.

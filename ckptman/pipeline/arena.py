@@ -1,0 +1,200 @@
+"""
+The staging memory: page-aligned slots that are taken, filled, written and given back.
+
+A slot is a segment of a file. With as many slots as the state has segments, the whole state is staged at once; with
+fewer they go round as a ring. Slots are kept for the next save, since fresh memory is slow: its first touch costs
+several times a copy (page faults).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ckptman.pipeline.budget import free_nbytes
+
+_log = logging.getLogger("ckptman")
+
+SLOT_NBYTES = 16 << 20
+"""Large enough for a disk's full speed in one write, and one part of an upload; small enough to be a step of a ring."""
+
+_HUGE_PAGE_NBYTES = 2 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """`SLOT_NBYTES` of page-aligned host memory, as a tensor of bytes and as a buffer to be written from."""
+
+    tensor: torch.Tensor
+    view: memoryview
+
+
+Allocate = Callable[[int], torch.Tensor]
+"""Bytes → page-aligned, untouched memory. Raises MemoryError, OSError or RuntimeError where there is none."""
+
+
+class Arena:
+    """
+    A pool of slots within a budget. Safe to use from several threads.
+
+    Args:
+        host_nbytes: The budget; None: half of what is free, asked again at every growth.
+        allocate: Where memory comes from.
+
+    Where the system gives less than the budget allows, what it gave is the budget from then on, and a warning says so
+    once. Memory is freed when the arena and its last slot are.
+    """
+
+    def __init__(self, host_nbytes: int | None = None, *, allocate: Allocate | None = None) -> None:
+        self._host_nbytes = host_nbytes
+        self._allocate = allocate or pages
+        self._changed = threading.Condition()  # guards all below
+        self._free: list[Slot] = []
+        self._held = 0  # slots, those that a thread is just touching included
+        self._ceiling: int | None = None  # set once the system refused memory
+        self._prefaulting: threading.Thread | None = None
+        self._is_stopped = False
+
+    def capacity(self) -> int:
+        """How many slots the arena may have, 1 at least."""
+        with self._changed:
+            return self._capacity()
+
+    def _capacity(self) -> int:
+        budget = self._host_nbytes
+        if budget is None:
+            budget = (self._held * SLOT_NBYTES + free_nbytes()) // 2
+        slots = max(1, budget // SLOT_NBYTES, self._held if self._host_nbytes is None else 0)
+        return slots if self._ceiling is None else max(1, min(slots, self._ceiling))
+
+    def in_use(self) -> int:
+        """How many slots are taken."""
+        with self._changed:
+            return self._held - len(self._free)
+
+    def take(self, *, wanted: int) -> Slot:
+        """
+        A slot. Waits until one is given back if *wanted* slots, or as many as the budget allows, are there already.
+
+        Raises:
+            MemoryError: The system has no memory for a single slot.
+        """
+        with self._changed:
+            while not self._free:
+                missing = min(wanted, self._capacity()) - self._held
+                if missing > 0:
+                    self._grow(missing)
+                else:
+                    self._changed.wait()
+            return self._free.pop()
+
+    def give_back(self, slot: Slot) -> None:
+        """Let others take *slot*."""
+        with self._changed:
+            self._free.append(slot)
+            self._changed.notify_all()
+
+    def prefault(self, nbytes: int) -> None:
+        """Take and touch memory for *nbytes* in the background, as far as the budget allows. Returns at once."""
+        self.stop()
+        with self._changed:
+            missing = min(-(-nbytes // SLOT_NBYTES), self._capacity()) - self._held
+            if missing <= 0:
+                return
+            self._is_stopped = False
+            self._prefaulting = threading.Thread(
+                target=self._touch, args=(missing,), name="ckptman-prefault", daemon=True
+            )
+        try:
+            self._prefaulting.start()
+        except RuntimeError:  # the interpreter is about to end
+            self._prefaulting = None
+
+    def stop(self) -> None:
+        """End what ``prefault`` began; what was touched stays."""
+        with self._changed:
+            thread, self._prefaulting = self._prefaulting, None
+            self._is_stopped = True
+        if thread is not None:
+            thread.join()
+
+    def trim(self, slots: int) -> None:
+        """Free memory until at most *slots* are held, as far as they are not in use."""
+        self.stop()
+        with self._changed:
+            surplus = min(len(self._free), max(0, self._held - slots))
+            del self._free[:surplus]
+            self._held -= surplus
+
+    def _touch(self, count: int) -> None:
+        for _ in range(count):
+            with self._changed:
+                if self._is_stopped or self._ceiling is not None:
+                    return
+                self._held += 1  # promised before it is there: who needs it waits for it
+            slot = self._new(1)
+            if slot:
+                ctypes.memset(slot[0].tensor.data_ptr(), 0, SLOT_NBYTES)  # leaves the interpreter to others meanwhile
+            with self._changed:
+                self._held += len(slot) - 1
+                if not slot:
+                    self._refused()
+                self._free += slot
+                self._changed.notify_all()
+
+    def _grow(self, count: int) -> None:
+        """Take memory for *count* more slots, or for as many as there is; for a caller that holds the lock."""
+        while count and not (slots := self._new(count)):
+            count //= 2
+        if not count:
+            self._refused()
+            if self._held == 0:
+                raise MemoryError(f"there is no memory for a staging buffer of {SLOT_NBYTES >> 20} MiB")
+            return
+        self._free += slots
+        self._held += count
+
+    def _new(self, count: int) -> list[Slot]:
+        try:
+            memory = self._allocate(count * SLOT_NBYTES)
+        except (MemoryError, OSError, RuntimeError):
+            return []
+        parts = [memory[start : start + SLOT_NBYTES] for start in range(0, count * SLOT_NBYTES, SLOT_NBYTES)]
+        return [Slot(part, part.numpy().data) for part in parts]
+
+    def _refused(self) -> None:
+        if self._ceiling is None:
+            _log.warning(
+                "the system has no more memory for staging than %d MiB: larger states are saved through a ring of that "
+                "size, and save() then waits for the disk",
+                self._held * SLOT_NBYTES >> 20,
+            )
+        self._ceiling = self._held
+
+
+def pages(nbytes: int) -> torch.Tensor:
+    """*nbytes* of untouched, page-aligned memory: huge pages where the system has them, not shared with children."""
+    if sys.platform == "win32":
+        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE_NBYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a fork would make every page a copy, to be faulted again
+        if hasattr(mmap, advice):
+            memory.madvise(getattr(mmap, advice))
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE_NBYTES
+    return whole[start : start + nbytes]
+
+
+def pinned(nbytes: int) -> torch.Tensor:
+    """*nbytes* of page-locked memory, to and from which an accelerator copies by itself; else `pages`."""
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # no accelerator, or the limit on locked memory is reached
+        return pages(nbytes)

@@ -1,0 +1,174 @@
+"""
+Borrowing: a tensor that is as it was in an earlier checkpoint is pointed at, not written again.
+
+1. After a commit, and after a whole restore, this checkpoint is what may be lent from: its bytes were written or
+   verified by this process. Never merely "the newest": a restore that passed over a damaged newest checkpoint would
+   otherwise have its next save point at the damage.
+2. A later save hashes the live bytes of those tensors that it has a reason to expect unchanged, before anything is
+   staged. Those whose digests are equal are borrowed; nothing else ever is. No flag is believed: the version counter of
+   a tensor does not move with every change.
+3. The reasons: no optimizer of the state owns the tensor, or its digests were equal in the last two checkpoints. One
+   that was expected unchanged and had changed is expected to change until two digests are equal again.
+4. A file is borrowed only where that saves at least half of it, and 1 MiB. Otherwise one small tensor would keep a
+   whole old file on the disk: what is needed of it is written anew, and the file goes with its last checkpoint.
+5. The commit refuses a checkpoint that borrows a file which the record that it is built on does not need
+   (repository/changes.py), so a lender that was deleted meanwhile costs a save and never a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from ckptman.format.digest import block_digest, blocks
+from ckptman.format.manifest import File, Manifest, Tensor
+from ckptman.state.capture import Captured, Leaf
+from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
+
+WORTHWHILE_SHARE = 0.5
+"""The part of a file's data that must be borrowed for any of it to be."""
+
+WORTHWHILE_NBYTES = 1 << 20
+"""And how many bytes. Fewer cost less to write than to depend on another attempt's folder for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Borrowed:
+    """Tensors of a save that lie in files of other attempts. ``chunks`` of *tensors* count within *files*."""
+
+    files: tuple[File, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of the tensors."""
+        return frozenset(tensor.name for tensor in self.tensors)
+
+    def behind(self, count: int) -> list[Tensor]:
+        """The tensors, for a manifest that lists *count* files of its own before these."""
+        return [_moved(tensor, lambda file: file + count) for tensor in self.tensors]
+
+
+@dataclass(slots=True)
+class _Lender:
+    """A checkpoint whose bytes are known to be right, and what was found out about its tensors."""
+
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+    steady: set[str] = field(default_factory=set)  # equal in the last two checkpoints
+    lively: set[str] = field(default_factory=set)  # expected unchanged once, and had changed
+
+
+class Borrowing:
+    """What the next save may point at. Used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._lender: _Lender | None = None
+
+    def saved(self, manifest: Manifest) -> None:
+        """*manifest* was committed by us."""
+        before = self._lender
+        tensors = {tensor.name: tensor for tensor in manifest.tensors}
+        lender = _Lender(manifest, tensors)
+        if before is not None:
+            old = before.tensors
+            lender.steady = {name for name, new in tensors.items() if name in old and _same_bytes(old[name], new)}
+            lender.lively = before.lively - lender.steady
+        self._lender = lender
+
+    def restored(self, manifest: Manifest, names: Collection[str]) -> None:
+        """The tensors *names* of *manifest* were read, and every byte of them was right."""
+        self._lender = _Lender(manifest, {tensor.name: tensor for tensor in manifest.tensors if tensor.name in names})
+
+    def find(
+        self, captured: Mapping[str, Captured], *, trained: Collection[int], attempts: Collection[str]
+    ) -> Borrowed:
+        """
+        Hash what is expected to be unchanged; return what is.
+
+        Args:
+            captured: The state.
+            trained: Addresses of the tensors that optimizers own.
+            attempts: Those that the catalog lists. Nothing is borrowed from a lender that is not among them.
+        """
+        lender = self._lender
+        if lender is None or lender.manifest.attempt not in attempts:
+            return Borrowed()
+        expected = [
+            leaf
+            for part in captured.values()
+            for leaf in part.leaves
+            if _is_expected(leaf, lender, trained) and _agrees(leaf, lender.tensors[leaf.name])
+        ]
+        unchanged = []
+        for leaf in _of_worthwhile_files(expected, lender):
+            if _is_unchanged(leaf.tensor, lender.tensors[leaf.name], lender.manifest.block_nbytes):
+                unchanged.append(leaf)
+            else:
+                lender.lively.add(leaf.name)
+        return _borrow(lender, [lender.tensors[leaf.name] for leaf in _of_worthwhile_files(unchanged, lender)])
+
+
+def _is_expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> bool:
+    if leaf.name not in lender.tensors:
+        return False
+    return leaf.name in lender.steady or (leaf.name not in lender.lively and leaf.tensor.data_ptr() not in trained)
+
+
+def _agrees(leaf: Leaf, stored: Tensor) -> bool:
+    is_whole = len(stored.chunks) == 1 and stored.chunks[0].nbytes == stored.nbytes > 0
+    return is_whole and dtype_name(leaf.tensor.dtype) == stored.dtype and tuple(leaf.tensor.shape) == stored.shape
+
+
+def _of_worthwhile_files(leaves: Iterable[Leaf], lender: _Lender) -> list[Leaf]:
+    by_file: defaultdict[int, list[Leaf]] = defaultdict(list)
+    for leaf in leaves:
+        by_file[lender.tensors[leaf.name].chunks[0].file].append(leaf)
+    worthwhile = []
+    for index, found in by_file.items():
+        file = lender.manifest.files[index]
+        needed = sum(lender.tensors[leaf.name].nbytes for leaf in found)
+        if needed >= max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes)):
+            worthwhile += found
+    return worthwhile
+
+
+def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bool:
+    """Whether the live bytes have the stored digests; stops at the first block that has not."""
+    if tensor.device.type != "cpu" or not is_row_major(tensor):
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        overwrite(copy, tensor)
+        tensor = copy
+    data, digests = as_bytes(tensor), stored.chunks[0].digests
+    return all(
+        block_digest(data[start:stop]) == digest
+        for digest, (start, stop) in zip(digests, blocks(len(data), block_nbytes), strict=True)
+    )
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    return (one.dtype, one.shape, [chunk.digests for chunk in one.chunks]) == (
+        other.dtype,
+        other.shape,
+        [chunk.digests for chunk in other.chunks],
+    )
+
+
+def _borrow(lender: _Lender, tensors: list[Tensor]) -> Borrowed:
+    numbers = sorted({tensor.chunks[0].file for tensor in tensors})
+    place = {number: index for index, number in enumerate(numbers)}
+    return Borrowed(
+        files=tuple(lender.manifest.files[number] for number in numbers),
+        tensors=tuple(_moved(tensor, place.__getitem__) for tensor in tensors),
+    )
+
+
+def _moved(tensor: Tensor, file_of: Callable[[int], int]) -> Tensor:
+    return msgspec.structs.replace(
+        tensor,
+        chunks=tuple(msgspec.structs.replace(chunk, file=file_of(chunk.file)) for chunk in tensor.chunks),
+    )

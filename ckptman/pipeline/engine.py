@@ -1,0 +1,236 @@
+"""What all saves of a manager share: staging memory, plans, what may be borrowed, hooks, and the threads."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.optim import Optimizer
+
+from ckptman.errors import SaveFailed
+from ckptman.pipeline.arena import Arena, Slot, pages, pinned
+from ckptman.pipeline.background import Background, PendingSave
+from ckptman.pipeline.borrowing import Borrowed, Borrowing
+from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.overlap import Deferred, Overlap, addresses
+from ckptman.pipeline.planning import PlannedFile, Planner
+from ckptman.pipeline.staging import Staging
+from ckptman.pipeline.stream import Stream
+from ckptman.state.capture import Captured
+from ckptman.state.sizes import expected_nbytes
+from ckptman.types import Checkpoint
+
+_log = logging.getLogger("ckptman")
+
+BLOCKING_SLOTS = 3
+"""What a save takes that training waits for: one slot is written, one is filled, and one lies ready between them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What the writer gets of one save: the files, their bytes as they are staged, and what lies elsewhere already."""
+
+    files: list[PlannedFile]
+    borrowed: Borrowed
+    slots: Iterator[Slot]  # in the order of the files' segments; each is given back to the arena
+    arena: Arena
+    confirm: Callable[[], None]  # to be called before the commit; raises where the staged bytes must not be used
+
+
+Write = Callable[[Source], Checkpoint]
+"""Writes and commits one save."""
+
+
+class Engine:
+    """
+    Stages saves and runs them. To be used by the thread that trains.
+
+    Args:
+        state: Component name → live object; None for a manager that never saves.
+        limits: What may be taken of the machine.
+        overlap: Whether staging may go on after ``save`` has returned.
+    """
+
+    def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool) -> None:
+        self._state = state or {}
+        self._limits = limits
+        self._arena = self._new_arena()
+        self._planner = Planner()
+        self.borrowing = Borrowing()
+        self.overlap = Overlap() if overlap else None
+        self.background = Background(limits.in_flight)  # knows nothing of the state: see Ownership
+        self._stager: ThreadPoolExecutor | None = None
+        self._has_saved = False
+        self._has_said_that_it_does_not_fit = False
+
+    def prefault(self) -> None:
+        """Take the staging memory that the state will need, in the background."""
+        if self._state and self._limits.prefault:
+            self._arena.prefault(expected_nbytes(self._state))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave memory and disk to a restore; then take what the restored state will need."""
+        self._arena.stop()
+        yield
+        if not self._has_saved:
+            self.prefault()
+
+    def admit(self, *, block: bool) -> None:
+        """Wait until a save may begin: until few enough are under way, or none for one that blocks."""
+        self.settle()
+        if block:
+            self.background.drain()
+        else:
+            self.background.admit()
+
+    def save_now(self, write: Write, captured: Mapping[str, Captured], attempts: Collection[str]) -> Checkpoint:
+        """Stage and write at the same time, through a few slots; return what *write* returns."""
+        self._arena.stop()
+        if not self._has_saved:
+            self._arena.trim(BLOCKING_SLOTS)  # perhaps all saves of this program block: see Limits.prefault
+        self._has_saved = True
+        borrowed = self._borrow(captured, attempts)
+        staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
+        with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
+            try:
+                beside = ThreadPoolExecutor(1, thread_name_prefix="ckptman-stage")
+                copying = beside.submit(staging.run, stream)
+            except RuntimeError:  # the interpreter is about to end, and starts no thread any more
+                return write(Source(staging.files, borrowed, staging.copied(), self._arena, _nothing))
+            try:
+                return write(Source(staging.files, borrowed, iter(stream), self._arena, _nothing))
+            finally:
+                stream.close()
+                copying.exception()
+                beside.shutdown()
+
+    def save_behind(
+        self,
+        write: Write,
+        captured: Mapping[str, Captured],
+        attempts: Collection[str],
+        *,
+        step: int,
+        began: float,
+        on_staged: Callable[[int, float], None],
+    ) -> PendingSave:
+        """
+        Stage, and write in the background.
+
+        Args:
+            write: Called on the writing thread.
+            captured: The state.
+            attempts: Those that the catalog lists.
+            step: Of the save.
+            began: When ``save`` was called, on the monotonic clock.
+            on_staged: Called with the bytes to be written and the stall in seconds, before this returns.
+        """
+        self._has_saved = True
+        self._arena.stop()
+        with self._renewing_the_arena_on_failure():
+            borrowed = self._borrow(captured, attempts)
+            staging = self._staging(captured, borrowed)
+            stream = Stream(self._arena)
+            fits = staging.fits
+            deferred = self._stage(staging, stream, captured, step) if fits else None
+            stall_s = time.monotonic() - began
+            confirm = deferred.confirm if deferred else _nothing
+            source = Source(staging.files, borrowed, iter(stream), self._arena, confirm)
+            if fits:
+                on_staged(staging.nbytes, stall_s)
+            pending = self.background.start(
+                lambda: _closing(stream, write, source), step=step, stall_s=stall_s, deferred=deferred
+            )
+            if not fits:
+                self._say_that_it_does_not_fit(staging)
+                _run_ring(staging, stream, pending)
+                pending.stall_s = time.monotonic() - began
+                on_staged(staging.nbytes, pending.stall_s)
+        return pending
+
+    def settle(self) -> None:
+        """Wait until nothing of the live state is needed any more."""
+        if self.overlap is not None:
+            self.overlap.settle()
+
+    def close(self) -> None:
+        """Remove the hooks and join the threads; to be drained before."""
+        self.forget()
+        if self._stager is not None:
+            self._stager.shutdown()
+        self.background.shutdown()
+
+    def forget(self) -> None:
+        """Take no more memory, and remove the hooks."""
+        self._arena.stop()
+        if self.overlap is not None:
+            self.overlap.close()
+
+    @contextmanager
+    def _renewing_the_arena_on_failure(self) -> Iterator[None]:
+        """Whatever stops staging, Ctrl-C above all: slots may be lost on the way, so all are given up."""
+        try:
+            yield
+        except BaseException as error:
+            self._arena = self._new_arena()
+            if isinstance(error, MemoryError):
+                raise SaveFailed(f"staging failed, nothing was committed: {error}") from error
+            raise
+
+    def _new_arena(self) -> Arena:
+        uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
+
+    def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
+        return Staging(self._arena, self._planner, captured, without=borrowed.names, slots=slots)
+
+    def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
+        optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]
+        return self.borrowing.find(captured, trained=addresses(optimizers), attempts=attempts)
+
+    def _stage(self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int) -> Deferred | None:
+        """Copy everything, or leave a part of it to a thread."""
+        left = None if self.overlap is None else self.overlap.leave(captured, self._state)
+        if self.overlap is None or not left:
+            staging.run(stream)
+            return None
+        deferred = Deferred(step, staging, staging.run_partly(left.has_not), stream, left)
+        if self._stager is None:
+            self._stager = ThreadPoolExecutor(1, thread_name_prefix="ckptman-stage")
+        self.overlap.add(deferred)
+        self._stager.submit(deferred.run)
+        return deferred
+
+    def _say_that_it_does_not_fit(self, staging: Staging) -> None:
+        if not self._has_said_that_it_does_not_fit:
+            self._has_said_that_it_does_not_fit = True
+            _log.warning(
+                "a state of %d MiB does not fit into %d MiB of staging memory (Limits.host_nbytes): it goes through a "
+                "ring, so save() waits for the disk%s",
+                staging.nbytes >> 20,
+                self._arena.capacity() * 16,
+                ", and overlap has no effect" if self.overlap else "",
+            )
+
+
+def _nothing() -> None:
+    pass
+
+
+def _closing(stream: Stream, write: Write, source: Source) -> Checkpoint:
+    with stream:
+        return write(source)
+
+
+def _run_ring(staging: Staging, stream: Stream, pending: PendingSave) -> None:
+    try:
+        staging.run(stream)
+    except BaseException:
+        pending.exception()  # the writer fails with it, and it is raised here
+        raise
