@@ -101,8 +101,8 @@ class Deferred:
         if self._moved:
             raise SaveFailed(
                 f"saving step {self._step} failed, nothing was committed: {len(self._moved)} tensors were changed "
-                f"after save() and before the optimizer's next step: {', '.join(self._moved[:5])}. From the next save on "
-                "they are copied before save() returns. Or change weights before saving; or use overlap=False",
+                f"after save() and before the optimizer's next step: {', '.join(self._moved[:5])}. From the next save "
+                "on they are copied before save() returns. Or change weights before saving; or use overlap=False",
                 step=self._step,
             )
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from ckptman.errors import CheckpointNotFound
+from ckptman.errors import CheckpointNotFound, StorageError
 from ckptman.format.catalog import Entry
 from ckptman.repository.commit import Change
 from ckptman.repository.keep import Keep
@@ -64,12 +64,26 @@ def pruning(keep: Keep, url: str, *, attempts: Collection[str]) -> Change:
 
 
 def with_checkpoint(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
-    """*entries* with *entry* as the newest: it replaces one of its step and takes over its tags; tags move to it."""
+    """
+    *entries* with *entry* as the newest: it replaces one of its step and takes over its tags; tags move to it.
+
+    Raises:
+        StorageError: It borrows a file that none of *entries* owns or borrows: that may be deleted at any moment.
+    """
+    _check_borrows(entries, entry)
     replaced = next((e for e in entries if e.step == entry.step), None)
     if replaced is not None:
         entry = msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*replaced.tags, *entry.tags))))
     others = [e for e in entries if e.step != entry.step]
     return [*(without_tags(e, entry.tags) for e in others), entry]
+
+
+def _check_borrows(entries: Sequence[Entry], entry: Entry) -> None:
+    owners = {e.attempt for e in entries}
+    lent = {key for e in entries for key in e.borrows}
+    for key in entry.borrows:
+        if key.partition("/")[0] not in owners and key not in lent:
+            raise StorageError(f"step {entry.step} borrows {key}, which no checkpoint needs any more", key=key)
 
 
 def without_tags(entry: Entry, tags: Sequence[str]) -> Entry:

@@ -27,7 +27,7 @@ from ckptman.format.sealed import NewerFormat
 from ckptman.repository.commit import Change, commit, utc_now
 from ckptman.repository.file_lock import RootLock
 from ckptman.repository.head import Head, attempts, has_manifest, read_head
-from ckptman.repository.sweep import tidy, unlisted
+from ckptman.repository.sweep import no_longer_needed, tidy, unlisted
 from ckptman.storage.base import KeyExists, KeyMissing, Storage
 
 MAX_MARKER_NBYTES = 1 << 16
@@ -81,8 +81,7 @@ class Ownership:
                 self._lost_to = str(error)
                 raise
             self.newest = record
-            dropped = {entry.attempt for entry in before.checkpoints} - {entry.attempt for entry in record.checkpoints}
-            tidy(self.storage, record, sorted(dropped))
+            tidy(self.storage, record, no_longer_needed(before.checkpoints, record.checkpoints))
         return record
 
     def discard(self, attempt: str) -> None:

@@ -63,6 +63,15 @@ def sweep_attempts(storage: Storage, record: Record, candidates: Iterable[str]) 
             storage.remove_temporaries(attempt)
 
 
+def no_longer_needed(before: Sequence[Entry], after: Sequence[Entry]) -> list[str]:
+    """The attempts of which a change from *before* to *after* may have made files garbage: its own, and lenders."""
+    left = {entry.attempt for entry in after}
+    gone = [entry for entry in before if entry.attempt not in left]
+    return sorted(
+        {entry.attempt for entry in gone} | {key.partition("/")[0] for entry in gone for key in entry.borrows}
+    )
+
+
 def garbage(storage: Storage, left: Sequence[Entry], candidates: Iterable[str]) -> list[Stored]:
     """
     The files of the attempts *candidates* that none of the entries *left* owns or borrows. Deletes nothing.

@@ -60,8 +60,6 @@ def test_borrowed_files_outlive_their_owner() -> None:
         *(f"{attempt(2)}/{n}" for n in ("manifest.json", "model.safetensors", "optimizer.safetensors")),
     }
     owner.commit(lambda entries: (), "drop 2")
-    assert keys(storage) == {lent}  # nobody of this epoch knows it as garbage; the next writer's sweep does
-    take(storage, timeout_s=0)
     assert keys(storage) == set()
 
 
@@ -152,3 +150,38 @@ def test_folders_that_only_look_alike_are_no_attempts(bad: str) -> None:
     owner = take(storage, timeout_s=0)
     assert f"{bad}/manifest.json" in {s.key for s in storage.listing(bad)}
     assert msgspec.structs.asdict(owner.newest)["number"] == 2
+
+
+def test_a_checkpoint_may_only_borrow_what_another_one_needs() -> None:
+    """A file of an attempt that no record lists, and that no entry borrows, may be swept: such a commit is refused."""
+    from ckptman.errors import StorageError
+    from ckptman.format.catalog import Entry
+    from ckptman.format.names import Attempt
+    from ckptman.repository.changes import with_checkpoint
+    from ckptman.repository.commit import utc_now
+    from ckptman.repository.sweep import no_longer_needed
+
+    def entry(step: int, *borrows: str) -> Entry:
+        return Entry(
+            step=step,
+            attempt=str(Attempt(step=step, epoch=1, nonce="0" * 8)),
+            manifest="0" * 64,
+            after=step,
+            created_at=utc_now(),
+            nbytes=1,
+            new_nbytes=1,
+            world_size=1,
+            components=(),
+            borrows=borrows,
+        )
+
+    base, gone = entry(1), entry(0)
+    file, lost = f"{base.attempt}/m.safetensors", f"{gone.attempt}/m.safetensors"
+    borrower = entry(2, file)
+    assert with_checkpoint([base], borrower) == [base, borrower]
+    assert with_checkpoint([borrower], entry(3, file))[-1].step == 3  # the lender was dropped, its file is still lent
+    with pytest.raises(StorageError, match="no checkpoint needs"):
+        with_checkpoint([base, borrower], entry(3, lost))
+    assert no_longer_needed([base, borrower], [borrower]) == [base.attempt]
+    assert no_longer_needed([borrower], []) == sorted([base.attempt, borrower.attempt])
+    assert no_longer_needed([borrower], [borrower]) == []
