@@ -55,13 +55,19 @@ class Contestant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """A field that is shown, in ``s``, ``MiB``, ``us`` or ``ms``; *floors* are drawn as a line."""
+    """
+    A field that is shown: seconds, or bytes if its name ends in ``nbytes``.
+
+    Attributes:
+        floors: The contestants that know its floor, in ``floor_field`` (the field itself if empty).
+        is_plotted: Whether it is a panel of the question's plot, besides a column of its table.
+    """
 
     field: str
     title: str
-    unit: str
     floors: tuple[str, ...] = ()
     floor_field: str = ""
+    is_plotted: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +153,7 @@ def _place(folder: Path, contestant: str, scale: Scale, repetition: int) -> Plac
     return Place(folder=folder / safe, scale=scale, repetition=repetition)
 
 
-def _try(
-    question: Question, name: str, place: Place, answer: Answer, runners: dict[str, Contestant]
-) -> Fields | None:
+def _try(question: Question, name: str, place: Place, answer: Answer, runners: dict[str, Contestant]) -> Fields | None:
     place.folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:

@@ -79,8 +79,8 @@ QUESTION = Question(
         OURS: Contestant(run=look, prepare=prepare),
     },
     columns=(
-        Column(field="latest_s", title="`latest()`", unit="ms", floors=(FLOOR,)),
-        Column(field="checkpoints_s", title="`checkpoints()`", unit="ms", floors=(FLOOR,)),
+        Column(field="latest_s", title="`latest()`", floors=(FLOOR,)),
+        Column(field="checkpoints_s", title="`checkpoints()`", floors=(FLOOR,)),
     ),
     targets=(
         Target(label="`latest()` of 10,000", contestant=OURS, field="latest_s", kind="absolute", limit=0.020),

@@ -40,9 +40,7 @@ def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping
 
     def seconds(name: str) -> float:
         path = place.folder / name
-        return system.timed(
-            lambda: system.write_raw(path, payload, direct=direct, early=early), pause_s=place.pause_s
-        )
+        return system.timed(lambda: system.write_raw(path, payload, direct=direct, early=early), pause_s=place.pause_s)
 
     first_s = seconds("first")
     later_s = seconds("later")
@@ -70,9 +68,9 @@ QUESTION = Question(
         **{tool.name: Contestant(run=partial(save, tool), module=tool.module) for tool in (Ckptman, *RIVALS)},
     },
     columns=(
-        Column(field="seconds", title="durable: all fsynced", unit="s", floors=FLOORS),
-        Column(field="native_s", title="as it comes", unit="s", floors=FLOORS, floor_field="seconds"),
-        Column(field="first_s", title="first save, all fsynced", unit="s", floors=FLOORS),
+        Column(field="seconds", title="durable: all fsynced", floors=FLOORS),
+        Column(field="native_s", title="as it comes", floors=FLOORS, floor_field="seconds"),
+        Column(field="first_s", title="first save, all fsynced", floors=FLOORS),
     ),
     targets=(
         Target(

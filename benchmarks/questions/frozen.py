@@ -62,8 +62,8 @@ QUESTION = Question(
         },
     },
     columns=(
-        Column(field="disk_nbytes", title="on the disk per save", unit="MiB", floors=(FLOOR,)),
-        Column(field="seconds", title="time of a blocking save, as it comes", unit="s"),
+        Column(field="disk_nbytes", title="on the disk per save", floors=(FLOOR,)),
+        Column(field="seconds", title="time of a blocking save, as it comes"),
     ),
     targets=(
         Target(

@@ -9,7 +9,7 @@ from functools import partial
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
-from benchmarks.rivals import AsyncTool, CkptmanOverlap, Ckptman, DcpAsync, Tool, TorchSave
+from benchmarks.rivals import AsyncTool, Ckptman, CkptmanOverlap, DcpAsync, Tool, TorchSave
 from benchmarks.states import State, trained
 
 FLOOR = "floor: no checkpoints"
@@ -66,7 +66,7 @@ QUESTION = Question(
             for tool in TOOLS
         },
     },
-    columns=(Column(field="step_s", title="seconds per training step", unit="ms", floors=(FLOOR,)),),
+    columns=(Column(field="step_s", title="seconds per training step", floors=(FLOOR,)),),
     targets=tuple(
         Target(
             label=f"slowdown of a loop that saves every 60 s{suffix}", contestant=tool.name, field="step_s",

@@ -68,9 +68,9 @@ QUESTION = Question(
         for tool in (Ckptman, TorchSaveFlat, Safetensors)
     },
     columns=(
-        Column(field="save_s", title="later save", unit="µs"),
-        Column(field="first_save_s", title="first save", unit="µs"),
-        Column(field="restore_s", title="restore", unit="µs"),
+        Column(field="save_s", title="later save"),
+        Column(field="first_save_s", title="first save"),
+        Column(field="restore_s", title="restore"),
     ),
     targets=(
         Target(

@@ -66,9 +66,9 @@ QUESTION = Question(
         **_contestants(blocking, (Ckptman, *RIVALS), "blocking"),
     },
     columns=(
-        Column(field="behind_nbytes", title="asynchronous save", unit="MiB", floors=(NOTHING,)),
-        Column(field="save_nbytes", title="blocking save", unit="MiB"),
-        Column(field="restore_nbytes", title="restore", unit="MiB"),
+        Column(field="behind_nbytes", title="asynchronous save", floors=(NOTHING,)),
+        Column(field="save_nbytes", title="blocking save"),
+        Column(field="restore_nbytes", title="restore"),
     ),
     targets=tuple(
         Target(

@@ -85,8 +85,8 @@ QUESTION = Question(
         },
     },
     columns=(
-        Column(field="seconds", title="whole state", unit="s", floors=FLOORS),
-        Column(field="model_s", title="the model only", unit="s", floors=FLOORS),
+        Column(field="seconds", title="whole state", floors=FLOORS),
+        Column(field="model_s", title="the model only", floors=FLOORS),
     ),
     targets=(
         Target(

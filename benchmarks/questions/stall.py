@@ -40,7 +40,9 @@ def stall_of(tool: type[AsyncTool], place: Place) -> dict[str, float]:
 def _one_save(tool: AsyncTool, state: State, step: int, place: Place) -> tuple[float, float]:
     waits = []
     call_s = system.timed(lambda: waits.append(tool.begin(step)), pause_s=place.pause_s)
-    step_s = _seconds_of_a_step(state, before=getattr(tool, "before_step", None))  # changes every tensor, as training does
+    step_s = _seconds_of_a_step(
+        state, before=getattr(tool, "before_step", None)
+    )  # changes every tensor, as training does
     waits[0]()
     return call_s, step_s
 
@@ -82,10 +84,10 @@ QUESTION = Question(
         **{tool.name: Contestant(run=partial(stall_of, tool), module=tool.module) for tool in TOOLS},
     },
     columns=(
-        Column(field="later_s", title="later saves", unit="ms", floors=(FLOOR,)),
-        Column(field="first_s", title="first save", unit="ms", floors=(FLOOR,), floor_field="later_s"),
-        Column(field="next_step_s", title="the training step after it", unit="ms"),
-        Column(field="plain_step_s", title="a plain step", unit="ms"),
+        Column(field="later_s", title="later saves", floors=(FLOOR,)),
+        Column(field="first_s", title="first save", floors=(FLOOR,), floor_field="later_s"),
+        Column(field="next_step_s", title="the training step after it"),
+        Column(field="plain_step_s", title="a plain step", is_plotted=False),
     ),
     targets=(
         Target(
