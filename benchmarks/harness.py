@@ -1,4 +1,4 @@
-"""The harness: contestants in random order, each measurement in a process of its own, what failed or is missing by name."""
+"""The harness: contestants in random order, a process for each measurement, what failed or is missing by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where and how big one measurement is. ``folder`` is empty, or what the contestant's ``prepare`` has left there."""
+    """Where and how big one measurement is. ``folder`` is empty, or as the contestant's ``prepare`` has left it."""
 
     folder: Path
     scale: Scale
@@ -176,7 +176,7 @@ def _in_a_process(question: str, contestant: str, place: Place) -> dict[str, flo
         MeasurementFailed: It raised, died, or took longer than 15 minutes.
     """
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["benchmarks.questions"])
+    processes.set_forkserver_preload(["benchmarks.questions", "torch._dynamo"])  # the second: optimizers do
     ours, theirs = processes.Pipe(duplex=False)
     process = processes.Process(target=_measure, args=(question, contestant, place, theirs))
     process.start()

@@ -96,7 +96,7 @@ def _floor(answer: Answer, column: Column) -> Median | None:
 
 def _draw(panel: Panel, top: float) -> list[str]:
     per_unit = (WIDTH - LEFT - RIGHT) / panel.largest
-    unit = unit_for(panel.column.field, [panel.largest])
+    unit = unit_for(panel.column.field, [median.median for _, median in panel.bars])
     parts = [_text(panel.column.title.replace("`", ""), MARGIN, top + 18, "panel")]
     for number, (name, median) in enumerate(panel.bars):
         parts += _bar(name, median, per_unit, top + HEAD + number * ROW, unit.text(median.median))
@@ -117,7 +117,7 @@ def _bar(name: str, median: Median, per_unit: float, top: float, value: str) -> 
     low, at, high = (max(0.0, number) * per_unit for number in (median.low, median.median, median.high))
     return [
         _text(name, LEFT - 10, middle + 4.5, whose, "end"),
-        f'<rect class="bar {whose}" x="{LEFT}" y="{middle - BAR / 2:g}" width="{max(at, 1):.1f}" height="{BAR}" rx="2"/>',
+        f'<rect class="bar {whose}" x="{LEFT}" y="{middle - BAR / 2:g}" width="{max(at, 1):.1f}" height="{BAR}"/>',
         f'<line class="spread" x1="{LEFT + low:.1f}" x2="{LEFT + high:.1f}" y1="{middle:g}" y2="{middle:g}"/>',
         _text(value, LEFT + max(high, at) + 8, middle + 4.5, "value"),
     ]

@@ -187,7 +187,7 @@ class Torchsnapshot(_Tool):
 
 
 class TorchCheckpointing(_Tool):
-    """With ``use_direct_io=False``, as its default fails on ext4, and without mmap, which would leave the moments unread."""
+    """Without direct I/O, which fails on ext4, and without mmap, which would leave the moments unread."""
 
     name = "torch_checkpointing"
     module = "torch_checkpointing"

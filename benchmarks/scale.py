@@ -1,4 +1,4 @@
-"""How big a run is. The floors are measured at the same scale, so ratios can be compared; fixed costs weigh more at a small one."""
+"""How big a run is. Floors are measured at the same scale, so ratios compare; fixed costs weigh more at a small one."""
 
 from __future__ import annotations
 

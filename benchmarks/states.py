@@ -1,4 +1,4 @@
-"""What is saved: states of a GPT-2-like model after real training steps. Never zeros, which disks and compressors like too well."""
+"""What is saved: states of a GPT-2-like model after real training steps. Never zeros: disks like them too well."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Adapted(nn.Module):
 
 
 class State:
-    """A model, its optimizer, and the means to go on training them. *seed* tells a state from the one restored into it."""
+    """A model, its optimizer, and how to go on training. *seed* tells a state from the one that it is restored into."""
 
     def __init__(self, model: Gpt, *, seed: int = 0, steps: int = 2) -> None:
         self.model = model

@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from mmap import mmap
@@ -109,8 +109,7 @@ def aligned(nbytes: int) -> memoryview:
     """Touched memory on a page's border."""
     size = -(-nbytes // PAGE) * PAGE
     view = memoryview(mmap(-1, size))
-    for start in range(0, size, PAGE):
-        view[start] = 1
+    ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(view)), 1, size)
     return view
 
 
@@ -143,22 +142,24 @@ def _pwrite_all(descriptor: int, chunk: memoryview, start: int) -> None:
         chunk, start = chunk[written:], start + written
 
 
-def read_raw(path: Path, nbytes: int, *, threads: int = 1, direct: bool = False) -> None:
-    """Read *nbytes* from the start into one reused buffer per thread."""
+def read_raw(path: Path, nbytes: int, *, buffers: Sequence[memoryview], direct: bool = False) -> None:
+    """Read *nbytes* from the start, with a thread for each of the reused *buffers* of one chunk."""
     descriptor = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(lambda start: _read_slice(descriptor, start, nbytes, threads), range(threads)))
+        with ThreadPoolExecutor(len(buffers)) as pool:
+            parts = [pool.submit(_read_part, descriptor, nbytes, n, buffers) for n in range(len(buffers))]
+            for part in parts:
+                part.result()
     finally:
         os.close(descriptor)
 
 
-def _read_slice(descriptor: int, first: int, nbytes: int, threads: int) -> None:
-    buffer = aligned(CHUNK)
-    for start in range(first * CHUNK, nbytes, threads * CHUNK):
-        end = min(start + CHUNK, -(-nbytes // PAGE) * PAGE)
-        while start < end and (got := os.preadv(descriptor, [buffer[: end - start]], start)):
-            start += got
+def _read_part(descriptor: int, nbytes: int, number: int, buffers: Sequence[memoryview]) -> None:
+    end = -(-nbytes // PAGE) * PAGE
+    for start in range(number * CHUNK, nbytes, len(buffers) * CHUNK):
+        at, until = start, min(start + CHUNK, end)
+        while at < until:
+            at += os.preadv(descriptor, [buffers[number][: until - at]], at)
 
 
 # ---------------------------------------------------------------------- the machine

@@ -1,7 +1,8 @@
-"""Numbers for people. A table or a plot has one unit per column: that of its largest value."""
+"""Numbers for people. A table or a plot has one unit per column: that of its middle value."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ SIZES = (Unit(name="MiB", size=1 << 20), Unit(name="KiB", size=1 << 10))
 
 
 def unit_for(field: str, values: Iterable[float]) -> Unit:
-    """The largest unit in which the largest of *values* is one or more; the smallest if there is none."""
+    """The largest unit in which the middle one of *values* is one or more; the smallest if there is none."""
     units = SIZES if field.endswith("nbytes") else TIMES
-    largest = max(map(abs, values), default=1.0)
-    return next((unit for unit in units if largest >= unit.size), units[-1])
+    middle = statistics.median([abs(value) for value in values] or [0])
+    return next((unit for unit in units if middle >= unit.size), units[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
@@ -62,12 +61,8 @@ def _cold(action, place: Place) -> float:  # type: ignore[no-untyped-def]
 
 
 def list_and_read(place: Place) -> Mapping[str, float]:
-    def once() -> None:
-        folder = next(path.parent for path in system.files(place.folder) if path.stat().st_size == biggest)
-        (folder / max(os.listdir(folder))).read_bytes()
-
-    biggest = max(path.stat().st_size for path in system.files(place.folder))
-    seconds = _cold(once, place)
+    folder = max(system.files(place.folder), key=lambda path: path.stat().st_size).parent
+    seconds = _cold(lambda: max(folder.iterdir()).read_bytes(), place)
     return {"latest_s": seconds, "checkpoints_s": seconds}
 
 

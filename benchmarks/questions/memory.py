@@ -82,6 +82,6 @@ QUESTION = Question(
         )
     ),
     repetitions=3,
-    note="Peak of resident memory above what was resident before; memory of other processes (torch_checkpointing writes "
-    "in one) is not counted.",
+    note="Peak of resident memory above what was resident before; memory of other processes "
+    "(torch_checkpointing writes in one) is not counted.",
 )  # fmt: skip

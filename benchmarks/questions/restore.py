@@ -27,7 +27,7 @@ def prepare(tool: type[Tool], place: Place) -> None:
 
 
 def restore(tool: type[Tool], place: Place) -> dict[str, float]:
-    """Load into a trained state of another seed, which has its moments already; check that every tensor is the saved one."""
+    """Load into a state trained with another seed, which has moments already; check that every tensor is the saved one."""
     state = trained(place.scale, seed=1)
     opened = tool(_data(place), state)
     system.drop_caches(place.folder)
@@ -55,11 +55,12 @@ def read(place: Place, *, threads: int = 1, direct: bool = False) -> Mapping[str
     """The same bytes from one file, and then as many as the model has."""
     state = trained(place.scale)
     path = _data(place) / "raw"
+    buffers = [system.aligned(system.CHUNK) for _ in range(threads)]
 
     def seconds(nbytes: int) -> float:
         system.drop_caches(place.folder)
         return system.timed(
-            lambda: system.read_raw(path, nbytes, threads=threads, direct=direct), pause_s=place.pause_s
+            lambda: system.read_raw(path, nbytes, buffers=buffers, direct=direct), pause_s=place.pause_s
         )
 
     return {"seconds": seconds(state.nbytes), "model_s": seconds(state.model_nbytes), "nbytes": state.nbytes}

@@ -40,9 +40,7 @@ def stall_of(tool: type[AsyncTool], place: Place) -> dict[str, float]:
 def _one_save(tool: AsyncTool, state: State, step: int, place: Place) -> tuple[float, float]:
     waits = []
     call_s = system.timed(lambda: waits.append(tool.begin(step)), pause_s=place.pause_s)
-    step_s = _seconds_of_a_step(
-        state, before=getattr(tool, "before_step", None)
-    )  # changes every tensor, as training does
+    step_s = _seconds_of_a_step(state, before=getattr(tool, "before_step", None))  # nothing is left to borrow
     waits[0]()
     return call_s, step_s
 
@@ -99,8 +97,8 @@ QUESTION = Question(
             floor=(FLOOR,), floor_field="later_s",
         ),
         Target(
-            label="stall with `overlap=True`", contestant=CkptmanOverlap.name, field="later_s", kind="ratio", limit=0.05,
-            floor=(FLOOR,), floor_field="later_s",
+            label="stall with `overlap=True`", contestant=CkptmanOverlap.name, field="later_s", kind="ratio",
+            limit=0.05, floor=(FLOOR,), floor_field="later_s",
         ),
     ),
     note="DCP with a stager and torch_checkpointing copy while training goes on: safe only for a user who waits before "
