@@ -159,7 +159,10 @@ def _read_part(descriptor: int, nbytes: int, number: int, buffers: Sequence[memo
     for start in range(number * CHUNK, nbytes, len(buffers) * CHUNK):
         at, until = start, min(start + CHUNK, end)
         while at < until:
-            at += os.preadv(descriptor, [buffers[number][: until - at]], at)
+            got = os.preadv(descriptor, [buffers[number][: until - at]], at)
+            if got == 0:
+                raise EOFError(f"the file ends at {at} bytes, before {nbytes}")
+            at += got
 
 
 # ---------------------------------------------------------------------- the machine

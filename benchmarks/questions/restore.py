@@ -27,7 +27,7 @@ def prepare(tool: type[Tool], place: Place) -> None:
 
 
 def restore(tool: type[Tool], place: Place) -> dict[str, float]:
-    """Load into a state trained with another seed, which has moments already; check that every tensor is the saved one."""
+    """Load into a state of another seed, which has moments already; check that every tensor is the saved one."""
     state = trained(place.scale, seed=1)
     opened = tool(_data(place), state)
     system.drop_caches(place.folder)
