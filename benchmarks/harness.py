@@ -207,8 +207,8 @@ def _measure(question: str, contestant: str, place: Place, results: Connection) 
     from benchmarks.questions import QUESTIONS
 
     _hush()
-    asked = QUESTIONS[question].contestants[contestant]
     try:
+        asked = QUESTIONS[question].contestants[contestant]
         if place.repetition < 0:
             assert asked.prepare is not None
             asked.prepare(place)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -10,14 +9,16 @@ from benchmarks.figures import Median, lowest, summarise, values_of
 from benchmarks.harness import Answer, Column, Question
 from benchmarks.units import unit_for
 
-WIDTH, LEFT, RIGHT = 760, 232, 96
-ROW, BAR, TITLE, HEAD, FOOT, MARGIN = 26, 14, 50, 46, 14, 20
+WIDTH, LEFT, RIGHT = 760, 266, 96
+ROW, BAR, TITLE, MARGIN = 26, 14, 50, 20
+HEAD, HEAD_WITH_FLOOR, FOOT = 26, 46, 14
 
 STYLE = """
   svg { color-scheme: light dark }
   text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328 }
   .title { font-size: 15px; font-weight: 600 }
   .panel, .value { fill: #59636e }
+  .value { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round }
   .panel { font-weight: 600 }
   .ours { font-weight: 600 }
   .card { fill: #ffffff; stroke: #d1d9e0 }
@@ -29,6 +30,7 @@ STYLE = """
   @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc }
     .panel, .value { fill: #9198a1 }
+    .value { stroke: #0d1117 }
     .card { fill: #0d1117; stroke: #3d444d }
     .bar { fill: #545d68 }
     .bar.ours { fill: #4493f8 }
@@ -48,8 +50,12 @@ class Panel:
     floor: Median | None
 
     @property
+    def head(self) -> float:
+        return HEAD if self.floor is None else HEAD_WITH_FLOOR
+
+    @property
     def height(self) -> float:
-        return HEAD + ROW * len(self.bars) + FOOT
+        return self.head + ROW * len(self.bars) + FOOT
 
     @property
     def largest(self) -> float:
@@ -97,30 +103,43 @@ def _floor(answer: Answer, column: Column) -> Median | None:
 def _draw(panel: Panel, top: float) -> list[str]:
     per_unit = (WIDTH - LEFT - RIGHT) / panel.largest
     unit = unit_for(panel.column.field, [median.median for _, median in panel.bars])
+    tops = [top + panel.head + number * ROW for number in range(len(panel.bars))]
     parts = [_text(panel.column.title.replace("`", ""), MARGIN, top + 18, "panel")]
-    for number, (name, median) in enumerate(panel.bars):
-        parts += _bar(name, median, per_unit, top + HEAD + number * ROW, unit.text(median.median))
+    for at, (name, median) in zip(tops, panel.bars, strict=True):
+        parts += _bar(name, median, per_unit, at)
     if panel.floor is not None:
         x = LEFT + max(0.0, panel.floor.median) * per_unit
-        bottom = top + HEAD + ROW * len(panel.bars)
-        anchor = "end" if x > WIDTH / 2 else "start"
-        parts += [
-            f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="{top + HEAD - 8:g}" y2="{bottom:g}"/>',
-            _text(f"floor {unit.text(panel.floor.median)}", x, top + HEAD - 13, "floor-label", anchor),
-        ]
+        parts += _floor_line(x, tops[0], tops[-1] + ROW, f"floor {unit.text(panel.floor.median)}")
+    for at, (name, median) in zip(tops, panel.bars, strict=True):
+        parts += _labels(name, median, per_unit, at, unit.text(median.median))
     return parts
 
 
-def _bar(name: str, median: Median, per_unit: float, top: float, value: str) -> Sequence[str]:
-    whose = "ours" if name.startswith("ckptman") else "theirs"
+def _bar(name: str, median: Median, per_unit: float, top: float) -> list[str]:
     middle = top + ROW / 2
     low, at, high = (max(0.0, number) * per_unit for number in (median.low, median.median, median.high))
     return [
-        _text(name, LEFT - 10, middle + 4.5, whose, "end"),
-        f'<rect class="bar {whose}" x="{LEFT}" y="{middle - BAR / 2:g}" width="{max(at, 1):.1f}" height="{BAR}"/>',
+        f'<rect class="bar {_whose(name)}" x="{LEFT}" y="{middle - BAR / 2:g}" width="{max(at, 1):.1f}" height="{BAR}"/>',
         f'<line class="spread" x1="{LEFT + low:.1f}" x2="{LEFT + high:.1f}" y1="{middle:g}" y2="{middle:g}"/>',
-        _text(value, LEFT + max(high, at) + 8, middle + 4.5, "value"),
     ]
+
+
+def _floor_line(x: float, top: float, bottom: float, label: str) -> list[str]:
+    anchor = "end" if x > WIDTH / 2 else "start"
+    return [
+        f'<line class="floor" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8:g}" y2="{bottom:g}"/>',
+        _text(label, x, top - 13, "floor-label", anchor),
+    ]
+
+
+def _labels(name: str, median: Median, per_unit: float, top: float, value: str) -> list[str]:
+    baseline = top + ROW / 2 + 4.5
+    end = LEFT + max(0.0, median.high) * per_unit
+    return [_text(name, LEFT - 10, baseline, _whose(name), "end"), _text(value, end + 8, baseline, "value")]
+
+
+def _whose(name: str) -> str:
+    return "ours" if name.startswith("ckptman") else "theirs"
 
 
 def _text(text: str, x: float, y: float, style: str, anchor: str = "start") -> str:

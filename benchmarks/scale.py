@@ -16,6 +16,7 @@ class Scale:
         checkpoints: How many the catalog lists.
         commits: How often an empty state is committed.
         save_every_s, saves: Of the training loop.
+        later_saves: Whose stalls are measured after the first one, in one process.
         pause_s: Before each timed block, after ``sync``.
         repetitions: Of every question that does not say otherwise.
         with_all_rivals: Whether questions that can do without rivals have them.
@@ -30,6 +31,7 @@ class Scale:
     commits: int
     save_every_s: float
     saves: int
+    later_saves: int
     pause_s: float
     repetitions: int
     with_all_rivals: bool
@@ -45,6 +47,7 @@ FULL = Scale(
     commits=30,
     save_every_s=60,
     saves=3,
+    later_saves=3,
     pause_s=1.0,
     repetitions=5,
     with_all_rivals=True,
@@ -53,12 +56,13 @@ QUICK = Scale(
     name="quick",
     width=256,
     layers=8,
-    vocabulary=8192,
+    vocabulary=4096,
     tensors=10_000,
     checkpoints=10_000,
     commits=10,
-    save_every_s=2,
-    saves=3,
+    save_every_s=1.5,
+    saves=2,
+    later_saves=2,
     pause_s=0.05,
     repetitions=3,
     with_all_rivals=False,
@@ -73,6 +77,7 @@ TINY = Scale(
     commits=2,
     save_every_s=0.1,
     saves=1,
+    later_saves=1,
     pause_s=0,
     repetitions=1,
     with_all_rivals=True,

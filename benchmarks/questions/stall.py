@@ -16,7 +16,6 @@ from benchmarks.rivals import ASYNC_RIVALS, AsyncTool, Ckptman, CkptmanOverlap
 from benchmarks.states import State, trained
 
 FLOOR = "floor: one warm copy"
-LATER_SAVES = 3
 PLAIN_STEPS = 3
 
 
@@ -25,7 +24,7 @@ def stall_of(tool: type[AsyncTool], place: Place) -> dict[str, float]:
     state = trained(place.scale)
     with_steps = tool(place.folder, state)
     plain_s = statistics.median(_seconds_of_a_step(state) for _ in range(PLAIN_STEPS))  # what is warmed up, is by now
-    calls = [_one_save(with_steps, state, step, place) for step in range(1, 2 + LATER_SAVES)]
+    calls = [_one_save(with_steps, state, step, place) for step in range(1, 2 + place.scale.later_saves)]
     with_steps.close()
     later = calls[1:]
     return {
@@ -63,7 +62,7 @@ def copy(place: Place) -> Mapping[str, float]:
             into.copy_(tensor)
 
     copy_all()
-    seconds = [_after_a_step(copy_all, state, place) for _ in range(LATER_SAVES)]
+    seconds = [_after_a_step(copy_all, state, place) for _ in range(place.scale.later_saves)]
     return {"later_s": statistics.median(seconds), "first_s": seconds[0], "nbytes": state.nbytes}
 
 

@@ -45,7 +45,7 @@ def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, con
 def test_every_question_has_a_target_and_all_its_names_exist() -> None:
     """A target or a floor that names nobody would be silently absent from the table."""
     assert len(QUESTIONS) == 9
-    assert sum(len(question.targets) for question in QUESTIONS.values()) == 16
+    assert sum(len(question.targets) for question in QUESTIONS.values()) == 17
     for question in QUESTIONS.values():
         named = {target.contestant for target in question.targets}
         named |= {floor for target in question.targets for floor in target.floor}
@@ -99,7 +99,7 @@ def test_who_is_not_installed_is_skipped_by_name(tmp_path: Path) -> None:
 
 
 def test_who_fails_is_named_with_the_error_and_out(tmp_path: Path) -> None:
-    """The process finds contestants by name: one that its question does not have fails there, once, and not silently."""
+    """The process finds contestants by name: one that its question lacks fails there, once, and not silently."""
     answer = answer_of(tmp_path, nobody=Contestant(run=lambda place: {}))
     assert answer.failed == {"nobody": "KeyError: 'nobody'"}
     assert answer.repetitions == [{}, {}]
@@ -224,7 +224,7 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     """Published twice it is the same page; the JSON has the samples and the verdict."""
     page = tmp_path / report.PAGE
     page.parent.mkdir(parents=True)
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{report.BEGIN}\nstale figures\n{report.END}\nafter\n", encoding="utf-8")
     read = run_of(tmp_path)
     report.publish(read, tmp_path)
     text = page.read_text("utf-8")
@@ -232,7 +232,7 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     assert page.read_text("utf-8") == text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "stale figures" not in text
     assert "**missed by 9%**" in text
     assert "moonclip (moonclip is not installed)" in text
     document = json.loads((tmp_path / "results.json").read_text("utf-8"))
