@@ -18,7 +18,7 @@ STYLE = """
   text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328 }
   .title { font-size: 15px; font-weight: 600 }
   .panel, .value { fill: #59636e }
-  .value { paint-order: stroke; stroke: #ffffff; stroke-width: 4px; stroke-linejoin: round }
+  .halo { stroke: #ffffff; stroke-width: 5; stroke-linejoin: round }
   .panel { font-weight: 600 }
   .ours { font-weight: 600 }
   .card { fill: #ffffff; stroke: #d1d9e0 }
@@ -30,7 +30,7 @@ STYLE = """
   @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc }
     .panel, .value { fill: #9198a1 }
-    .value { stroke: #0d1117 }
+    .halo { stroke: #0d1117 }
     .card { fill: #0d1117; stroke: #3d444d }
     .bar { fill: #545d68 }
     .bar.ours { fill: #4493f8 }
@@ -119,7 +119,8 @@ def _bar(name: str, median: Median, per_unit: float, top: float) -> list[str]:
     middle = top + ROW / 2
     low, at, high = (max(0.0, number) * per_unit for number in (median.low, median.median, median.high))
     return [
-        f'<rect class="bar {_whose(name)}" x="{LEFT}" y="{middle - BAR / 2:g}" width="{max(at, 1):.1f}" height="{BAR}"/>',
+        f'<rect class="bar {_whose(name)}" x="{LEFT}" y="{middle - BAR / 2:g}" '
+        f'width="{max(at, 1):.1f}" height="{BAR}"/>',
         f'<line class="spread" x1="{LEFT + low:.1f}" x2="{LEFT + high:.1f}" y1="{middle:g}" y2="{middle:g}"/>',
     ]
 
@@ -135,7 +136,13 @@ def _floor_line(x: float, top: float, bottom: float, label: str) -> list[str]:
 def _labels(name: str, median: Median, per_unit: float, top: float, value: str) -> list[str]:
     baseline = top + ROW / 2 + 4.5
     end = LEFT + max(0.0, median.high) * per_unit
-    return [_text(name, LEFT - 10, baseline, _whose(name), "end"), _text(value, end + 8, baseline, "value")]
+    return [
+        _text(name, LEFT - 10, baseline, _whose(name), "end"),
+        _text(
+            value, end + 8, baseline, "halo"
+        ),  # keeps the floor's line out of the number; paint-order is not everywhere
+        _text(value, end + 8, baseline, "value"),
+    ]
 
 
 def _whose(name: str) -> str:
