@@ -47,7 +47,12 @@ def markdown(results: Results, *, plots_in: str | None = None) -> str:
 
 
 def _targets(results: Results) -> str:
-    rows = [_target_row(verdict) for question in results.asked for verdict in results.verdicts(question)]
+    rows = []
+    for question in results.asked:
+        verdicts = {verdict.label: verdict for verdict in results.verdicts(question)}
+        for target in question.targets:
+            verdict = verdicts.get(target.label)
+            rows.append(_target_row(verdict) if verdict else [target.label, *["–"] * 4, "**not measured**"])
     return _table(["figure", "floor", "ckptman", "compared (min – max)", "target", "verdict"], rows)
 
 

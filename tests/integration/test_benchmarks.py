@@ -44,7 +44,7 @@ def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, con
 
 def test_every_question_has_a_target_and_all_its_names_exist() -> None:
     """A target or a floor that names nobody would be silently absent from the table."""
-    assert len(QUESTIONS) == 9
+    assert (len(QUESTIONS), len(OURS)) == (9, 24)
     assert sum(len(question.targets) for question in QUESTIONS.values()) == 17
     for question in QUESTIONS.values():
         named = {target.contestant for target in question.targets}
@@ -214,7 +214,11 @@ def run_of(home: Path) -> results.Results:
     seconds = {"ckptman": {"seconds": 1.2}, "floor: pwrite + fsync": {"seconds": 1.0}, "DCP": {"seconds": 3.0}}
     answer = Answer(repetitions=[seconds] * 3, skipped={"moonclip": "moonclip is not installed"})  # type: ignore[list-item]
     made = results.Results(
-        machine={"cores": 2}, scale="full", began_at="now", duration_s=60.0, answers={"durable": answer}
+        machine={"cores": 2},
+        scale="full",
+        began_at="now",
+        duration_s=60.0,
+        answers={"durable": answer, "stall": Answer(failed={"ckptman": "Error: no"})},
     )
     results.write_results(made, home / "results.json")
     return results.read_results(home / "results.json")
@@ -235,6 +239,7 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     assert "stale figures" not in text
     assert "**missed by 9%**" in text
     assert "moonclip (moonclip is not installed)" in text
+    assert "| stall, later saves | – | – | – | – | **not measured** |" in text
     document = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert document["questions"]["durable"]["verdicts"][0]["is_met"] is False
     ElementTree.fromstring((page.parent / "performance" / "durable.svg").read_text("utf-8"))
