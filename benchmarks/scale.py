@@ -54,7 +54,7 @@ FULL = Scale(
 )
 QUICK = Scale(
     name="quick",
-    width=256,
+    width=192,
     layers=8,
     vocabulary=4096,
     tensors=10_000,
