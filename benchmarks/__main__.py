@@ -1,0 +1,97 @@
+"""The command: run the questions, or report on a run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import benchmarks
+from benchmarks import system
+from benchmarks.harness import Answer, ask
+from benchmarks.questions import QUESTIONS
+from benchmarks.report import markdown, publish
+from benchmarks.results import Results, read_results, write_results
+from benchmarks.scale import SCALES, Scale
+
+HOME = Path(__file__).parents[1]
+
+
+def main() -> int:
+    """Exit with 1 if ckptman or a floor could not be measured: figures without it are worth nothing."""
+    arguments = _arguments()
+    if arguments.report is not None:
+        publish(read_results(arguments.report), HOME)
+        return 0
+    results = run(
+        SCALES["quick" if arguments.quick else arguments.scale],
+        questions=arguments.only,
+        directory=arguments.directory,
+        repetitions=arguments.repetitions,
+        seed=arguments.seed,
+    )
+    if arguments.json is not None:
+        write_results(results, arguments.json)
+    print(markdown(results))
+    return 1 if unmeasured(results) else 0
+
+
+def run(scale: Scale, *, questions: list[str], directory: Path | None, repetitions: int | None, seed: int) -> Results:
+    """Ask *questions* one after the other; what is measured is the disk of *directory*."""
+    began, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    answers: dict[str, Answer] = {}
+    with tempfile.TemporaryDirectory(dir=directory, prefix="ckptman-bench-") as folder:
+        for name in questions:
+            print(f"{time.monotonic() - began:5.0f} s  {QUESTIONS[name].asks}", file=sys.stderr, flush=True)
+            place = Path(folder) / name
+            answers[name] = ask(QUESTIONS[name], scale, folder=place, repetitions=repetitions, seed=seed)
+        machine = system.machine(Path(folder))
+    return Results(
+        machine=machine,
+        scale=scale.name,
+        began_at=began_at,
+        duration_s=time.monotonic() - began,
+        answers=answers,
+    )
+
+
+def unmeasured(results: Results) -> list[str]:
+    """Contestants that must not fail, and did."""
+    return [
+        f"{question}: {name}: {reason}"
+        for question, answer in results.answers.items()
+        for name, reason in answer.failed.items()
+        if name.startswith(("ckptman", "floor"))
+    ]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=benchmarks.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
+    parser.add_argument("--scale", choices=SCALES, default="full")
+    parser.add_argument("--only", type=_names, default=list(QUESTIONS), help=f"some of {','.join(QUESTIONS)}")
+    parser.add_argument("--repetitions", type=int, help="instead of what the scale says")
+    parser.add_argument("--directory", type=Path, help="where to write: the disk that is measured")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
+    parser.add_argument("--json", type=Path, help="where every sample goes")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="write tables and plots of that run into docs/")
+    return parser.parse_args()
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in QUESTIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such question: {', '.join(unknown)}")
+    return names
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""The harness: contestants in random order, a process for each measurement, what failed or is missing by name."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from benchmarks.figures import Fields, Target
+from benchmarks.scale import Scale
+
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where and how big one measurement is. ``folder`` is empty, or as the contestant's ``prepare`` has left it."""
+
+    folder: Path
+    scale: Scale
+    repetition: int
+
+    @property
+    def pause_s(self) -> float:
+        return self.scale.pause_s
+
+
+Measure = Callable[[Place], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contestant:
+    """
+    One who is measured.
+
+    Attributes:
+        run: Measures itself, in a process of its own, and returns field → figure.
+        module: What must be importable; otherwise it is skipped by name.
+        prepare: Runs once before all repetitions, in a process of its own too; its folder is kept for each ``run``.
+        is_dispensable: Whether a quick run goes without it.
+    """
+
+    run: Measure
+    module: str = "torch"
+    prepare: Callable[[Place], None] | None = None
+    is_dispensable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """
+    A field that is shown: seconds, or bytes if its name ends in ``nbytes``.
+
+    Attributes:
+        floors: The contestants that know its floor, in ``floor_field`` (the field itself if empty).
+        is_plotted: Whether it is a panel of the question's plot, besides a column of its table.
+    """
+
+    field: str
+    title: str
+    floors: tuple[str, ...] = ()
+    floor_field: str = ""
+    is_plotted: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """
+    One question: who is asked, what is shown, what the answer shall be.
+
+    Attributes:
+        name: Of its module, its entry in the JSON and its plot.
+        asks: The question, for people.
+        note: What a reader of the table must know.
+        repetitions: At most so many; None: as the scale says.
+    """
+
+    name: str
+    asks: str
+    contestants: Mapping[str, Contestant]
+    columns: tuple[Column, ...]
+    targets: tuple[Target, ...]
+    note: str = ""
+    repetitions: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """What was measured: a mapping contestant → fields for each repetition, and who is missing and why."""
+
+    repetitions: list[dict[str, Fields]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+class MeasurementFailed(Exception):
+    """A contestant raised, died or took too long. The message says which."""
+
+
+def ask(question: Question, scale: Scale, *, folder: Path, repetitions: int | None = None, seed: int = 0) -> Answer:
+    """Measure all contestants of *question*, each as often as asked. One that fails is out from then on, by name."""
+    answer = Answer()
+    runners = _present(question, scale, answer)
+    count = min(repetitions or scale.repetitions, question.repetitions or 1_000)
+    for name in list(runners):
+        if question.contestants[name].prepare is not None:
+            _try(question, name, _place(folder, name, scale, -1), answer, runners)
+    for number in range(count):
+        order = list(runners)
+        random.Random(f"{seed} {question.name} {number}").shuffle(order)
+        samples: dict[str, Fields] = {}
+        for name in order:
+            place = _place(folder, name, scale, number)
+            if question.contestants[name].prepare is None:
+                shutil.rmtree(place.folder, ignore_errors=True)
+            if (measured := _try(question, name, place, answer, runners)) is not None:
+                samples[name] = measured
+            if question.contestants[name].prepare is None:
+                shutil.rmtree(place.folder, ignore_errors=True)  # room for the next one, and outside of its timer
+        answer.repetitions.append(samples)
+    shutil.rmtree(folder / question.name, ignore_errors=True)
+    return answer
+
+
+def _present(question: Question, scale: Scale, answer: Answer) -> dict[str, Contestant]:
+    present = {}
+    for name, contestant in question.contestants.items():
+        if not is_importable(contestant.module):
+            answer.skipped[name] = f"{contestant.module} is not installed"
+        elif contestant.is_dispensable and not scale.with_all_rivals:
+            answer.skipped[name] = f"left out of a {scale.name} run"
+        else:
+            present[name] = contestant
+    return present
+
+
+def is_importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a parent
+        return False
+
+
+def _place(folder: Path, contestant: str, scale: Scale, repetition: int) -> Place:
+    safe = "".join(c if c.isalnum() else "-" for c in contestant)
+    return Place(folder=folder / safe, scale=scale, repetition=repetition)
+
+
+def _try(question: Question, name: str, place: Place, answer: Answer, runners: dict[str, Contestant]) -> Fields | None:
+    place.folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    try:
+        measured = _in_a_process(question.name, name, place)
+    except MeasurementFailed as error:
+        answer.failed[name] = str(error)
+        del runners[name]
+        return None
+    return {**measured, "process_s": time.perf_counter() - began}
+
+
+# ---------------------------------------------------------------------- the process of a measurement
+
+
+def _in_a_process(question: str, contestant: str, place: Place) -> dict[str, float]:
+    """
+    Measure in a fresh process, forked from one that has imported torch and done nothing with it.
+
+    Raises:
+        MeasurementFailed: It raised, died, or took longer than 15 minutes.
+    """
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["benchmarks.questions", "torch._dynamo"])  # the second: optimizers do
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_measure, args=(question, contestant, place, theirs))
+    process.start()
+    theirs.close()
+    try:
+        if not ours.poll(TIMEOUT_S):
+            raise MeasurementFailed(f"took longer than {TIMEOUT_S:.0f} s")
+        is_good, result = ours.recv()
+    except EOFError:
+        process.join()
+        raise MeasurementFailed(f"its process died with code {process.exitcode}") from None
+    finally:
+        _end(process)
+        ours.close()
+    if not is_good:
+        raise MeasurementFailed(result)
+    return result  # type: ignore[no-any-return]
+
+
+def _end(process: multiprocessing.process.BaseProcess) -> None:
+    process.join(10)  # a rival's leftover threads and children may want a moment
+    if process.is_alive():
+        process.kill()
+        process.join()
+
+
+def _measure(question: str, contestant: str, place: Place, results: Connection) -> None:
+    from benchmarks.questions import QUESTIONS
+
+    _hush()
+    try:
+        asked = QUESTIONS[question].contestants[contestant]
+        if place.repetition < 0:
+            assert asked.prepare is not None
+            asked.prepare(place)
+            results.send((True, {}))
+        else:
+            results.send((True, {name: float(value) for name, value in asked.run(place).items()}))
+    except BaseException as error:  # noqa: BLE001 - a process's edge: whoever waits gets it, by name
+        results.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _hush() -> None:
+    """Rivals print warnings and progress; the table is not the place for them."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)

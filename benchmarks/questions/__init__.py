@@ -1,0 +1,21 @@
+"""The questions, in the order of the table."""
+
+from __future__ import annotations
+
+from benchmarks.harness import Question
+from benchmarks.questions import catalog, commit, durable, frozen, loop, many, memory, restore, stall
+
+QUESTIONS: dict[str, Question] = {
+    question.name: question
+    for question in (
+        stall.QUESTION,
+        durable.QUESTION,
+        restore.QUESTION,
+        memory.QUESTION,
+        many.QUESTION,
+        frozen.QUESTION,
+        catalog.QUESTION,
+        commit.QUESTION,
+        loop.QUESTION,
+    )
+}
