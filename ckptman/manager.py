@@ -116,6 +116,7 @@ class CheckpointManager:
         self._lock_timeout_s = lock_timeout
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
+        self._limits = limits
         self._engine = Engine(self._state, limits, overlap=overlap)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
@@ -360,7 +361,7 @@ class CheckpointManager:
         restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
         before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
         try:
-            fill(self._storage, manifest, restoration.targets)
+            fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)
             values = restoration.finish()
         except Exception as error:
             self._half_restored = f"restoring step {entry.step} failed: {error}"

@@ -33,7 +33,7 @@ class Writer(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
     since: Utc
 
 
-class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
+class Entry(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """A checkpoint that exists. ``after`` is its manifest's; ``borrows`` are files of other attempts that it needs."""
 
     step: Count

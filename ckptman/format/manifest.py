@@ -205,12 +205,16 @@ def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
         raise FormatError(f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
     if len(tensor.shape) > MAX_NDIM:
         raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
+    nbytes = math.prod(tensor.shape) * dtype.itemsize
+    if len(tensor.chunks) == 1 and tensor.chunks[0].offset is None and tensor.chunks[0].shape is None:
+        _check_place(tensor.chunks[0], nbytes, tensor, manifest)  # a whole in one piece, as most are
+        return
     stored = 0
     for chunk in tensor.chunks:
         _check_chunk(chunk, tensor, manifest)
         stored += chunk.nbytes
-    if stored != tensor.nbytes:
-        raise FormatError(f"tensor {tensor.name!r} needs {tensor.nbytes} bytes, its chunks have {stored}")
+    if stored != nbytes:
+        raise FormatError(f"tensor {tensor.name!r} needs {nbytes} bytes, its chunks have {stored}")
     boxes = [box_of(chunk, tensor) for chunk in tensor.chunks if chunk.nbytes]
     if len(boxes) > 1 and not tiles(boxes, tensor.shape):
         raise FormatError(f"chunks of {tensor.name!r} overlap, and leave a part of it out")
@@ -222,7 +226,12 @@ def _check_chunk(chunk: Chunk, tensor: Tensor, manifest: Manifest) -> None:
         raise FormatError(f"a chunk of {tensor.name!r} has another number of dimensions than the tensor")
     if any(start + size > whole for start, size, whole in zip(offset, shape, tensor.shape, strict=True)):
         raise FormatError(f"a chunk of {tensor.name!r} reaches beyond the tensor")
-    if chunk.nbytes != math.prod(shape) * DTYPES[tensor.dtype].itemsize:
+    _check_place(chunk, math.prod(shape) * DTYPES[tensor.dtype].itemsize, tensor, manifest)
+
+
+def _check_place(chunk: Chunk, nbytes: int, tensor: Tensor, manifest: Manifest) -> None:
+    """Check that *chunk* has *nbytes* bytes within the data of its file, and a digest for each block of them."""
+    if chunk.nbytes != nbytes:
         raise FormatError(f"a chunk of {tensor.name!r} has {chunk.nbytes} bytes, which is not its shape's size")
     if chunk.file >= len(manifest.files):
         raise FormatError(f"a chunk of {tensor.name!r} lies in a file that is not listed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _ATTEMPT = re.compile(r"step-([0-9]{12,19})\.w([0-9]{4,18})\.([0-9a-f]{8})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+@functools.lru_cache(4096)  # the same few names come again with every checkpoint of a catalog
 def check_component(name: str) -> str:
     """
     Return *name* if it can name a component, and so a file on every operating system.
@@ -42,6 +44,7 @@ def check_component(name: str) -> str:
     return name
 
 
+@functools.lru_cache(4096)
 def check_tag(name: str) -> str:
     """
     Return *name* if it can be a tag.
@@ -72,6 +75,7 @@ def check_step(step: int) -> int:
     return step
 
 
+@functools.lru_cache(4096)
 def check_metric(name: str) -> str:
     """Return *name* if it can name a metric: 1 to 200 characters, no control characters. Raises ValueError."""
     if not isinstance(name, str) or not 1 <= len(name) <= 200 or _CONTROL.search(name):

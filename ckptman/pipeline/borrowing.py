@@ -144,6 +144,8 @@ def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bo
         overwrite(copy, tensor)
         tensor = copy
     data, digests = as_bytes(tensor), stored.chunks[0].digests
+    if len(digests) == 1:
+        return block_digest(data) == digests[0]
     return all(
         block_digest(data[start:stop]) == digest
         for digest, (start, stop) in zip(digests, blocks(len(data), block_nbytes), strict=True)

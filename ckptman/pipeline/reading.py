@@ -1,55 +1,126 @@
-"""Filling the live tensors with a checkpoint's bytes."""
+"""Filling the live tensors with a checkpoint's bytes, on several threads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
-from ckptman.format.manifest import Chunk, Manifest, Tensor, box_of
-from ckptman.repository.reading import CheckedReader, parts_of
+from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
+from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
 from ckptman.state.tensors import as_bytes, is_row_major, overwrite
 from ckptman.storage.base import Storage
 
 
-def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
+def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tensor], *, threads: int = 1) -> None:
     """
     Read every tensor of *targets* into its target, in place; every byte is checked.
 
-    Bytes go straight into a target that is row-major host memory; anything else takes a host copy of one chunk.
-    A block is checked after it lies in the target: if this raises, some targets hold new or damaged data.
+    Bytes go straight into a target that is row-major host memory; anything else takes a host copy of one chunk, one at
+    a time. Besides that at most 8 MiB are taken for each of *threads*. A block is checked after it lies in the target:
+    if this raises, some targets hold new or damaged data. Once it has returned or raised nothing is read any more.
 
     Raises:
-        IntegrityError: The checkpoint is damaged.
+        IntegrityError: The checkpoint is damaged; of several faults the first one in the order of the files.
         StorageError: The medium failed.
     """
     reader = CheckedReader(storage, manifest)
     placing = _Placing(targets)
+    straight: list[_Work] = []
     for file, parts in zip(manifest.files, parts_of(manifest, targets), strict=True):
         if parts:
             reader.header(file)
-            for part in reader.chunks(file, parts, placing.memory):
-                placing.place(part.tensor, part.chunk)
+            straight += [
+                _Work(file, piece)
+                for piece in pieces([part for part in parts if placing.is_straight(part)], manifest.block_nbytes)
+            ]
+    _Readers(reader, placing, straight).run(threads)
+    for file, parts in zip(manifest.files, parts_of(manifest, targets), strict=True):
+        for part in parts:
+            if not placing.is_straight(part):
+                placing.through_a_copy(reader, file, part)
+
+
+class _Work(NamedTuple):
+    file: File
+    piece: Piece
+
+
+class _Readers:
+    """Threads that read pieces in their order, until all are read or one of them failed."""
+
+    def __init__(self, reader: CheckedReader, placing: _Placing, work: list[_Work]) -> None:
+        self._reader = reader
+        self._placing = placing
+        self._count = len(work)
+        self._mutex = threading.Lock()  # guards the three below
+        self._left: Iterator[tuple[int, _Work]] = iter(enumerate(work))
+        self._is_stopped = False
+        self._failures: list[tuple[int, BaseException]] = []
+
+    def run(self, threads: int) -> None:
+        """
+        Read everything, on this thread and *threads* - 1 more.
+
+        Pieces are handed out in order and none after a failure, so whatever lies before the first fault was read: the
+        same error is raised however the threads were timed.
+        """
+        helpers = [
+            threading.Thread(target=self._work, name=f"ckptman-read-{number}")
+            for number in range(min(threads, self._count) - 1)
+        ]
+        started = []
+        try:
+            for helper in helpers:
+                helper.start()
+                started.append(helper)
+            self._work()
+        finally:
+            with self._mutex:
+                self._is_stopped = True
+            for helper in started:
+                helper.join()
+        if self._failures:
+            raise min(self._failures, key=lambda failure: failure[0])[1]
+
+    def _work(self) -> None:
+        while (got := self._next()) is not None:
+            index, work = got
+            try:
+                self._reader.read(work.file, work.piece, self._placing.memory)
+            except Exception as error:  # noqa: BLE001 - a thread's edge: run() raises it
+                with self._mutex:
+                    self._failures.append((index, error))
+                    self._is_stopped = True
+
+    def _next(self) -> tuple[int, _Work] | None:
+        with self._mutex:
+            return None if self._is_stopped else next(self._left, None)
 
 
 class _Placing:
-    """Remembers the host copies of chunks that could not be read straight into their target."""
+    """Where the bytes of a chunk go."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
         self._targets = targets
-        self._copies: dict[int, torch.Tensor] = {}
+
+    def is_straight(self, part: Part) -> bool:
+        """Whether the target's own memory can be read into."""
+        box = self._box(part.tensor, part.chunk)
+        return box.device.type == "cpu" and is_row_major(box)
 
     def memory(self, tensor: Tensor, chunk: Chunk) -> memoryview:
-        box = self._box(tensor, chunk)
-        if box.device.type == "cpu" and is_row_major(box):
-            return as_bytes(box)
-        copy = self._copies[id(chunk)] = torch.empty(box.shape, dtype=box.dtype)
-        return as_bytes(copy)
+        """The target's own memory."""
+        return as_bytes(self._box(tensor, chunk))
 
-    def place(self, tensor: Tensor, chunk: Chunk) -> None:
-        copy = self._copies.pop(id(chunk), None)
-        if copy is not None:
-            overwrite(self._box(tensor, chunk), copy)
+    def through_a_copy(self, reader: CheckedReader, file: File, part: Part) -> None:
+        """Read one chunk into host memory, then copy it to where it belongs."""
+        box = self._box(part.tensor, part.chunk)
+        copy = torch.empty(box.shape, dtype=box.dtype)
+        for _ in reader.chunks(file, [part], lambda tensor, chunk: as_bytes(copy)):
+            overwrite(box, copy)
 
     def _box(self, tensor: Tensor, chunk: Chunk) -> torch.Tensor:
         target = self._targets[tensor.name]

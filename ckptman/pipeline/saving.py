@@ -142,7 +142,8 @@ def _commit(owner: Ownership, job: Job, manifest: Manifest, entry: Entry) -> Sav
             left = retained(added, job.keep, url)
         except Exception as error:  # a rule of the user's may raise anything; nothing was put yet
             raise SaveFailed(f"saving step {job.step} failed: the keep rule raised {error!r}", step=job.step) from error
-        dropped[:] = [e for e in added if e not in left]
+        stays = {e.attempt for e in left}
+        dropped[:] = [e for e in added if e.attempt not in stays]
         return left
 
     record = owner.commit(change, f"save step {job.step}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from ckptman.errors import IntegrityError
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor
@@ -22,8 +24,7 @@ Memory = Callable[[Tensor, Chunk], memoryview | None]
 """Where a chunk's bytes shall go; None to check them only."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One chunk of one tensor."""
 
     tensor: Tensor
@@ -33,6 +34,30 @@ class Part:
     def stop(self) -> int:
         """The first byte of the file after the chunk."""
         return self.chunk.start + self.chunk.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """
+    What is read at once: small neighbours together, or one *block* of a large chunk.
+
+    ``is_last`` says whether the parts are complete with it.
+    """
+
+    parts: Sequence[Part]
+    block: int | None
+    is_last: bool
+
+
+def pieces(parts: Sequence[Part], block_nbytes: int) -> Iterator[Piece]:
+    """Cut *parts* of one file, in the order of their bytes, into pieces that can be read independently."""
+    for span in _spans(parts):
+        nbytes = span[0].chunk.nbytes
+        if len(span) > 1 or nbytes < SPAN_NBYTES:
+            yield Piece(span, None, True)
+        else:
+            last = -(-nbytes // block_nbytes) - 1
+            yield from (Piece(span, block, block == last) for block in range(last + 1))
 
 
 def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[list[Part]]:
@@ -71,21 +96,25 @@ class CheckedReader:
 
     def chunks(self, file: File, parts: Sequence[Part], memory: Memory) -> Iterator[Part]:
         """Read *parts* of *file* into *memory*; yield each one once its bytes are there and right."""
-        for span in _spans(parts):
-            if len(span) == 1 and span[0].chunk.nbytes >= SPAN_NBYTES:
-                self._read_large(file, span[0], memory)
-            else:
-                self._read_span(file, span, memory)
-            yield from span
+        for piece in pieces(parts, self._manifest.block_nbytes):
+            self.read(file, piece, memory)
+            if piece.is_last:
+                yield from piece.parts
 
-    def _read_large(self, file: File, part: Part, memory: Memory) -> None:
+    def read(self, file: File, piece: Piece, memory: Memory) -> None:
+        """Read *piece* of *file* into *memory*, and check it. Pieces may be read by several threads at a time."""
+        if piece.block is None:
+            self._read_span(file, piece.parts, memory)
+        else:
+            self._read_block(file, piece.parts[0], piece.block, memory)
+
+    def _read_block(self, file: File, part: Part, block: int, memory: Memory) -> None:
+        start = block * self._manifest.block_nbytes
+        stop = min(start + self._manifest.block_nbytes, part.chunk.nbytes)
         into = memory(part.tensor, part.chunk)
-        block_nbytes = self._manifest.block_nbytes
-        scratch = memoryview(bytearray(min(block_nbytes, part.chunk.nbytes))) if into is None else None
-        for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, block_nbytes)):
-            view = scratch[: stop - start] if scratch is not None else into[start:stop]  # type: ignore[index]
-            self._fill(file, part.chunk.start + start, view, part.tensor)
-            self._check(file, part, index, view)
+        view = memoryview(bytearray(stop - start)) if into is None else into[start:stop]
+        self._fill(file, part.chunk.start + start, view, part.tensor)
+        self._check(file, part, block, view)
 
     def _read_span(self, file: File, span: Sequence[Part], memory: Memory) -> None:
         first = span[0].chunk.start

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 from torch.nn.parameter import Parameter
@@ -19,8 +19,7 @@ from ckptman.state.tensors import TieKey, check_savable, dtype_name, is_plain, i
 _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True, kw_only=True):
     """
     One tensor of a checkpoint.
 
@@ -99,11 +98,12 @@ class Collector:
             ref = self._seen[key][0]
             self.aliases[full] = ref.name
             return ref
-        self._seen[key] = TensorRef(full), tensor
+        ref = TensorRef(full)
+        self._seen[key] = ref, tensor
         self.leaves.append(Leaf(name=full, tensor=plain_view(tensor)))
-        if not anchored:
-            self._note(full, tensor, Parts(layout=STRIDED, tensors={}), {})
-        return TensorRef(full)
+        if not anchored and (tensor.requires_grad or type(tensor) is not torch.Tensor or tensor.device.type != "cpu"):
+            self._note(full, tensor, _WHOLE, {})
+        return ref
 
     def _parts(self, full: str, parts: Parts, tensor: torch.Tensor, path: str, *, anchored: bool) -> TensorRef:
         inner = full.removeprefix(f"{self.component}/")
@@ -156,12 +156,16 @@ class Collector:
         return inner.removeprefix("entries.").removeprefix("state.") or "value"
 
     def _unique(self, name: str) -> str:
-        full, count = f"{self.component}/{name}", 1
+        full = stem = f"{self.component}/{name}"
+        count = 1
         while full in self._taken:
             count += 1
-            full = f"{self.component}/{name}~{count}"
+            full = f"{stem}~{count}"
         self._taken.add(full)
         return full
+
+
+_WHOLE = Parts(layout=STRIDED, tensors={})
 
 
 def _small_marker(value: object) -> Marker | None:

@@ -98,9 +98,12 @@ class Filling:
             return self._subclass(stored, ref, live)
         if note.parts:
             return self._sparse(stored, note, live, device)
-        if live is not None and not self._claim(ref.name, live):
+        if live is None:
+            return self._new(ref.name, note, device)
+        key = tie_key(live)
+        if not self._claim(ref.name, live, key):
             return None
-        return self._strided(ref.name, note, live, device)
+        return self._in_place(ref.name, note, live, key)
 
     def place_array(self, stored: Stored, ref: ArrayRef, live: np.ndarray | None) -> Give | None:
         """Find a target for the NumPy array *ref*; as `place`."""
@@ -108,24 +111,29 @@ class Filling:
         if live is not None and is_torch_dtype(live.dtype) and min(live.strides, default=0) >= 0:
             view = torch.from_numpy(live)
             if is_fillable(view):
-                return _after(live, [self._strided(ref.name, note, view, CPU)]) if self._claim(ref.name, view) else None
-        give = self._strided(ref.name, note, None, CPU)
+                key = tie_key(view)
+                taken = self._claim(ref.name, view, key)
+                return _after(live, [self._in_place(ref.name, note, view, key)]) if taken else None
+        give = self._new(ref.name, note, CPU)
         return lambda: _to_array(give(), note, live)
 
-    def _claim(self, name: str, live: torch.Tensor) -> bool:
-        holder, _ = self._claims.setdefault(tie_key(live), (name, live))
+    def _claim(self, name: str, live: torch.Tensor, key: TieKey) -> bool:
+        holder, _ = self._claims.setdefault(key, (name, live))
         return holder == name or _same_bytes(self._tensors[holder], self._tensors[name])
 
-    def _strided(self, name: str, note: Note, live: torch.Tensor | None, device: torch.device | None) -> GiveTensor:
-        holder = name if live is None else self._claims[tie_key(live)][0]
-        if live is not None and holder != name:
-            return lambda: live  # filled as *holder*, whose bytes are the same
+    def _new(self, name: str, note: Note, device: torch.device | None) -> GiveTensor:
         if name not in self.targets:
-            self._target(name, note, live, device)
+            self._target(name, note, None, device)
+        given = self._objects[name]
+        return lambda: given
+
+    def _in_place(self, name: str, note: Note, live: torch.Tensor, key: TieKey) -> GiveTensor:
+        if self._claims[key][0] != name:
+            return lambda: live  # filled as the one that claimed it, whose bytes are the same
+        if name not in self.targets:
+            self._target(name, note, live, None)
         target, given = self.targets[name], self._objects[name]
-        if live is None:
-            return lambda: given
-        if given is live or tie_key(given) == tie_key(live):
+        if given is live or tie_key(given) == key:
             return lambda: live
 
         def give() -> torch.Tensor:
@@ -155,9 +163,7 @@ class Filling:
 
     def _sparse(self, stored: Stored, note: Note, live: torch.Tensor | None, device: torch.device | None) -> GiveTensor:
         where = device or (_available(note.device) if live is None else live.device)
-        parts = {
-            part: self._strided(name, stored.note(TensorRef(name)), None, where) for part, name in note.parts.items()
-        }
+        parts = {part: self._new(name, stored.note(TensorRef(name)), where) for part, name in note.parts.items()}
 
         def give() -> torch.Tensor:
             whole = put_together(note, {part: given() for part, given in parts.items()})

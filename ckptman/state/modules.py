@@ -192,7 +192,6 @@ def _take(steps: list[Give]) -> None:
 
 def _placed(name: str, value: object, live: torch.Tensor, stored: Stored, filling: Filling) -> GiveTensor | None:
     where = f"{stored.name}: {name}"
-    check_savable(live, f"{stored.name}.{name}")
     if not isinstance(value, TensorRef):
         filling.differences.fatal(where, live=describe(live), checkpoint=f"a {type(value).__name__}")
         return None

@@ -56,6 +56,8 @@ def names_of_parameters(state: Mapping[str, object]) -> dict[int, tuple[str, ...
     A tied parameter has several. The names are those of the tensors in the checkpoint: ``model/encoder.weight``.
     """
     names: dict[int, tuple[str, ...]] = {}
+    if not any(isinstance(live, Optimizer) for live in state.values()):
+        return names  # only optimizers ask for them
     for component, live in state.items():
         for name, tensor in _tensors_of(live):
             names[id(tensor)] = (*names.get(id(tensor), ()), f"{component}/{name}")
@@ -199,9 +201,16 @@ class _Loading:
     def _packed_groups(self) -> list[dict[str, Any]]:
         numbers = count()
         return [
-            {**cast(dict[str, Any], settings()), "params": list(islice(numbers, len(group)))}
+            {**cast(dict[str, Any], settings()), "params": _Numbers(islice(numbers, len(group)))}
             for settings, group in zip(self._settings, self._groups, strict=True)
         ]
+
+
+class _Numbers(list[int]):
+    """Consecutive numbers. ``load_state_dict`` asks for each tensor which group has its number: not by a search."""
+
+    def __contains__(self, number: object) -> bool:
+        return isinstance(number, int) and bool(self) and self[0] <= number <= self[-1]
 
 
 class _Seating:

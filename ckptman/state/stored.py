@@ -36,6 +36,7 @@ class Stored:
     def __init__(self, manifest: Manifest, name: str, tensors: Mapping[str, Tensor]) -> None:
         component = manifest.components[name]
         self.name = name
+        self._prefix = f"{name}/"
         self.kind = component.kind
         self.tensors = tensors
         whole = _convert(from_json(bytes(component.values), _resolve), _Component, name)
@@ -49,12 +50,14 @@ class Stored:
     def note(self, ref: TensorRef | ArrayRef) -> Note:
         """What is noted of *ref*. Raises FormatError if it is not the name of a tensor of this component."""
         note = self._notes.get(ref.name, _PLAIN)
+        if note is _PLAIN and ref.name in self.tensors and ref.name.startswith(self._prefix):
+            return note
         if note.layout != SUBCLASS and note.parts.keys() != PARTS.get(note.layout, set()):
             raise FormatError(f"{ref.name!r} has the parts {sorted(note.parts)}, which no {note.layout!r} tensor has")
         leaves = note.parts.values() if note.parts else (ref.name,)
         for leaf in leaves:
             known = leaf in self.tensors or (note.layout == SUBCLASS and leaf in self._notes)
-            if not known or not leaf.startswith(f"{self.name}/"):
+            if not known or not leaf.startswith(self._prefix):
                 raise FormatError(f"the values of {self.name!r} refer to a tensor {leaf!r} that it does not have")
         return note
 
@@ -63,7 +66,12 @@ class Stored:
         note = self.note(ref)
         if note.layout == SUBCLASS:
             return not is_plain(live) and self._subclass_agrees(note, live)
-        if not is_plain(live) or str(live.layout) != f"torch.{note.layout}":
+        if not is_plain(live):
+            return False
+        if note is _PLAIN and live.layout is torch.strided:
+            stored = self.tensors[ref.name]
+            return live.shape == stored.shape and dtype_name(live.dtype) == stored.dtype
+        if str(live.layout) != f"torch.{note.layout}":
             return False
         values = self.tensors[note.parts["values"] if note.parts else ref.name]
         shape = note.shape if note.parts else values.shape

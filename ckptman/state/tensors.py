@@ -28,6 +28,8 @@ _WITHOUT_COPY = frozenset(
     if DTYPES[name].itemsize == 1 and name.rstrip("1234567") in ("int", "uint")
 )
 
+_IN_NUMPY = frozenset({torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool})
+
 TieKey = tuple[object, ...]
 
 
@@ -69,6 +71,9 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """
     if tensor.device.type != "cpu" or not is_row_major(tensor):
         raise ValueError(f"only contiguous CPU tensors have their bytes in order, got {describe(tensor)}")
+    if tensor.dtype in _IN_NUMPY and tensor.numel():
+        whole: np.ndarray = tensor.detach().numpy()
+        return whole.data.cast("B")  # the short way, for states of very many tensors
     array: np.ndarray = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return array.data
 
@@ -88,7 +93,9 @@ def plain_view(tensor: torch.Tensor) -> torch.Tensor:
     *tensor* detached and without conjugate and negative bits. Shares its memory, except where a bit had to be
     resolved, and where a dtype without a copy kernel is not contiguous.
     """
-    detached = tensor.detach().resolve_conj().resolve_neg()
+    detached = tensor.detach()
+    if detached.is_conj() or detached.is_neg():
+        detached = detached.resolve_conj().resolve_neg()
     if detached.dtype in _WITHOUT_COPY and not detached.is_contiguous():
         return detached.view(torch.uint8).contiguous().view(detached.dtype)
     return detached
@@ -98,8 +105,7 @@ def tie_key(tensor: torch.Tensor) -> TieKey:
     """Equal for two live strided tensors that are one: the same elements of the same memory, read the same way."""
     if tensor.numel() == 0:
         return (id(tensor),)
-    storage = tensor.untyped_storage().data_ptr()
-    place = (tensor.device, storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return (*place, tensor.is_conj(), tensor.is_neg())
 
 
@@ -116,9 +122,9 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def is_fillable(tensor: torch.Tensor) -> bool:
     """Whether a reader may write into *tensor*, from any thread, what its bytes are to be."""
-    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference() or overlaps_itself(tensor)) and (
-        tensor.dtype not in _WITHOUT_COPY or tensor.is_contiguous()
-    )
+    if tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
+        return False
+    return tensor.is_contiguous() or (tensor.dtype not in _WITHOUT_COPY and not overlaps_itself(tensor))
 
 
 def fresh(
@@ -160,9 +166,22 @@ def check_savable(tensor: torch.Tensor, path: str) -> None:
     Raises:
         UnsupportedState: It has not; the message says what to do.
     """
+    if _is_ordinary(tensor):
+        return
     for applies, reason in _OBSTACLES:
         if applies(tensor):
             raise UnsupportedState(f"cannot save {path}: {reason}", path=path)
+
+
+def _is_ordinary(tensor: torch.Tensor) -> bool:
+    """Whether none of the obstacles can apply: asked of every tensor, so it has to be quick."""
+    return (
+        is_plain(tensor)
+        and tensor.layout is torch.strided
+        and tensor.dtype in _BY_DTYPE
+        and not tensor.is_meta
+        and not tensor.is_nested
+    )
 
 
 def _is_of(*packages: str) -> Callable[[torch.Tensor], bool]:

@@ -1,0 +1,151 @@
+"""Restoring on several threads: the same bytes, the first fault, and nobody left behind."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptman import CheckpointManager, IntegrityError, Limits
+from ckptman.errors import StorageError
+from ckptman.format.manifest import Manifest
+from ckptman.pipeline.reading import fill
+from ckptman.repository.repository import Repository
+from ckptman.storage.local import LocalStorage
+
+MIB = 1 << 20
+
+
+def large() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "a": {
+            "long": torch.randn(6 * MIB + 5),
+            "turned": torch.randn(300, 700).t(),
+            **{str(index): torch.randn(index % 50) for index in range(300)},
+        },
+        "b": {"bytes": torch.randint(0, 255, (20 * MIB,), dtype=torch.uint8), "half": torch.randn(99).half()},
+    }
+
+
+def stored(root: Path) -> tuple[LocalStorage, Manifest]:
+    with CheckpointManager(root, large(), rng=False) as manager:
+        manager.save(1, block=True)
+    storage = LocalStorage(root)
+    repository = Repository(storage)
+    return storage, repository.manifest(repository.entries()[0])
+
+
+def targets(manifest: Manifest) -> dict[str, torch.Tensor]:
+    found = {t.name: torch.zeros(t.shape, dtype=getattr(torch, t.dtype)) for t in manifest.tensors}
+    found["a/turned"] = torch.zeros(300, 700).t()
+    return found
+
+
+def flip(root: Path, manifest: Manifest, name: str, byte: int) -> None:
+    chunk = next(t for t in manifest.tensors if t.name == name).chunks[0]
+    with (root / manifest.files[chunk.file].path).open("r+b") as file:
+        file.seek(chunk.start + byte)
+        old = file.read(1)
+        file.seek(chunk.start + byte)
+        file.write(bytes([old[0] ^ 4]))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4, 9])
+def test_every_target_is_filled_exactly(tmp_path: Path, threads: int) -> None:
+    """Large, small, empty, turned, of two files: the same bytes on any number of threads; no thread stays."""
+    storage, manifest = stored(tmp_path)
+    found, expected = targets(manifest), large()
+    fill(storage, manifest, found, threads=threads)
+    for name, tensor in found.items():
+        component, _, key = name.partition("/")
+        assert torch.equal(tensor, expected[component][key]), name
+    assert not [t for t in threading.enumerate() if t.name.startswith("ckptman-read")]
+
+
+def test_damage_in_any_block_is_named_and_the_first_one_wins(tmp_path: Path) -> None:
+    """Every block of the large tensors, alone and with damage behind it: always the same error."""
+    storage, manifest = stored(tmp_path)
+    places = [(t.name, b * manifest.block_nbytes) for t in manifest.tensors for b in range(len(t.chunks[0].digests))]
+    large_ones = [place for place in places if place[0] in ("a/long", "b/bytes")] + [("a/17", 3), ("a/turned", 9)]
+    files = {name: next(t for t in manifest.tensors if t.name == name).chunks[0].file for name, _ in large_ones}
+    for name, byte in large_ones:
+        behind = ("b/bytes", 20 * MIB - 1)
+        flip(tmp_path, manifest, name, byte)
+        flip(tmp_path, manifest, *behind)
+        for _ in range(3):
+            with pytest.raises(IntegrityError) as caught:
+                fill(storage, manifest, targets(manifest), threads=4)
+            first = name if name != "a/turned" else behind[0]  # what takes a copy is read last
+            assert caught.value.tensor == first
+            assert caught.value.file == manifest.files[files[first]].path
+        flip(tmp_path, manifest, name, byte)
+        flip(tmp_path, manifest, *behind)
+    assert len(large_ones) == 4 + 3 + 2
+    fill(storage, manifest, targets(manifest), threads=4)
+
+
+class Failing(LocalStorage):
+    """Fails every read from the one on that comes after *after* reads; counts all."""
+
+    after = 0
+    reads = 0
+    error: BaseException = StorageError("the cable was pulled", key="x")
+
+    def read_into(self, key: str, start: int, into: memoryview) -> int:
+        self.reads += 1
+        if self.reads > self.after:
+            raise self.error
+        return super().read_into(key, start, into)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_medium_that_fails_stops_all_threads(tmp_path: Path, threads: int) -> None:
+    """StorageError comes through, and no more reads are begun than threads were at it."""
+    _, manifest = stored(tmp_path)
+    storage = Failing(tmp_path)
+    for after in range(2, 7):
+        storage.after, storage.reads = after, 0
+        with pytest.raises(StorageError, match="cable"):
+            fill(storage, manifest, targets(manifest), threads=threads)
+        assert storage.reads <= after + threads
+        assert not [t for t in threading.enumerate() if t.name.startswith("ckptman-read")]
+
+
+def test_ctrl_c_joins_the_threads(tmp_path: Path) -> None:
+    """KeyboardInterrupt on the calling thread: raised, and nothing reads any more."""
+    _, manifest = stored(tmp_path)
+    main = threading.current_thread()
+
+    class Interrupted(LocalStorage):
+        reads = 0
+
+        def read_into(self, key: str, start: int, into: memoryview) -> int:
+            self.reads += 1
+            if self.reads > 3 and threading.current_thread() is main:
+                raise KeyboardInterrupt
+            return super().read_into(key, start, into)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(Interrupted(tmp_path), manifest, targets(manifest), threads=4)
+    assert not [t for t in threading.enumerate() if t.name.startswith("ckptman-read")]
+
+
+def test_only_reads_only_that(tmp_path: Path) -> None:
+    """Bytes read for only=("b",): those of b's file, not a's, whatever the number of threads."""
+    stored(tmp_path)
+    read = 0
+
+    class Counting(LocalStorage):
+        def read_into(self, key: str, start: int, into: memoryview) -> int:
+            nonlocal read
+            assert "/a." not in key
+            read += len(into)
+            return super().read_into(key, start, into)
+
+    with CheckpointManager(Counting(tmp_path), large(), rng=False, limits=Limits(io_threads=3)) as manager:
+        manager.restore(only=("b",))
+    assert 20 * MIB <= read <= 20 * MIB + 10_000
