@@ -20,8 +20,8 @@ class NewLocalFile:
 
     Nothing is tried twice: a file whose write, fsync or close failed is removed and never counts.
 
-    Fastest if each write but the last is of 16 MiB, or a multiple, in writable memory that begins at a page, better a
-    huge one; `ckptman.storage.appending` says why. Every other write is as right.
+    Fastest if each write but the last is of 16 MiB, or a multiple, in writable private memory that begins at a page,
+    better a huge one; `ckptman.storage.appending` says why. Every other write is as right.
     """
 
     def __init__(self, path: str, name: str, *, key: str, traits: DiskTraits, system: System) -> None:
