@@ -51,9 +51,10 @@ from io import FileIO
 from pathlib import Path
 
 from ckptman.errors import StorageError
+from ckptman.storage.appending import DiskTraits, write_all
 from ckptman.storage.base import Buffer, KeyExists, NotDurable, Stored, check_key, is_key
 from ckptman.storage.failures import hinted, reporting
-from ckptman.storage.local_file import NewLocalFile, write_all
+from ckptman.storage.local_file import NewLocalFile
 from ckptman.storage.local_folders import LocalFolders, folder_of, with_parents
 from ckptman.storage.system import SYSTEM, System
 
@@ -90,6 +91,7 @@ class LocalStorage:
         self._url = os.path.abspath(expanded)
         self._root = system.real_path(self._url)
         self._folders = LocalFolders(self._root, system=system)
+        self._traits = DiskTraits()
 
     def __repr__(self) -> str:
         return f"LocalStorage({self._url!r})"
@@ -135,7 +137,8 @@ class LocalStorage:
         """Begin a large file under the new *key*; readers see it grow. See `Storage.open_new`."""
         with self._at(key, "create") as path:
             self._folders.make(folder_of(key))
-            return NewLocalFile(path, f"{key!r} in {self._url}", key=key, system=self._system)
+            name = f"{key!r} in {self._url}"
+            return NewLocalFile(path, name, key=key, traits=self._traits, system=self._system)
 
     def persist(self, folders: Iterable[str]) -> None:
         """Fsync each of *folders*, in their order (``""`` is the root itself)."""
@@ -155,7 +158,7 @@ class LocalStorage:
         file = self._system.open_new(path)
         try:
             try:
-                write_all(file, data, system=self._system)
+                write_all(file, memoryview(data), system=self._system)
                 self._system.fsync(file)
             finally:
                 self._system.close(file)

@@ -15,9 +15,12 @@ import os
 import secrets
 import stat
 import sys
+import time
 from io import FileIO
 
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_DIRECT = getattr(os, "O_DIRECT", 0)  # 0 where there is none: macOS, Windows
+_SYNC_FILE_RANGE_WRITE = 2
 _NO_FSYNC_OF_DIRECTORIES = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
@@ -27,6 +30,10 @@ class System:
     def nonce(self) -> str:
         """16 hex digits that no other call, process or machine gets."""
         return secrets.token_hex(8)
+
+    def seconds(self) -> float:
+        """Since some moment, for measuring."""
+        return time.perf_counter()
 
     def real_path(self, path: str) -> str:
         """*path*, absolute and without symbolic links, as far as it exists."""
@@ -42,6 +49,44 @@ class System:
     def write(self, file: FileIO, data: memoryview) -> int:
         """Write some of *data*; return how many bytes."""
         return file.write(data)
+
+    def write_direct(self, file: FileIO, data: memoryview) -> int:
+        """
+        Write some of *data* past the page cache; return how many bytes. Not durable before fsync.
+
+        Fails, most likely with ``EINVAL``, where system or filesystem have no such writes, or offset, length or memory
+        are not aligned. Linux moves the file's position by what it reports only, so a failed one can be made good.
+        """
+        if sys.platform == "win32" or not _DIRECT:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        import fcntl
+
+        # Switched on for this one write: the builtin opens the file, and all other writes may have any length.
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | _DIRECT)
+        try:
+            return file.write(data)
+        finally:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags)
+
+    def begin_write_back(self, file: FileIO, start: int, nbytes: int) -> None:
+        """
+        Have the kernel begin to write *nbytes* from *start* on from its cache to the disk. Promises nothing.
+
+        ``ENOSYS`` where there is no such call; ``ESPIPE`` or ``EINVAL`` where this file has none. Every other error is
+        one of writing, and fsync may not report it again. What goes wrong later, it does report: without the flags
+        that wait, this call does not take the error that the kernel keeps for it.
+        """
+        if sys.platform != "linux":
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(library, "sync_file_range"):
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        wanted = ctypes.c_int64(start), ctypes.c_int64(nbytes), ctypes.c_uint(_SYNC_FILE_RANGE_WRITE)
+        if library.sync_file_range(ctypes.c_int(file.fileno()), *wanted) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def fsync(self, file: FileIO) -> None:
         """Return once the bytes of *file* are on the disk."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from io import FileIO
 from typing import Literal, NamedTuple, NoReturn, TypeVar
 
+from ckptman.storage.appending import ALIGNMENT
 from ckptman.storage.system import SYSTEM, System
 
 Moment = Literal["before", "torn", "after"]
@@ -87,9 +88,9 @@ def sigkill(at: int, *, name: str | None = None, moment: Moment = "before") -> F
     return Fault(at=at, name=name, moment=moment, strike=strike)
 
 
-def short_write(at: int = 1, *, lasting: bool = True) -> Fault:
-    """From write number *at* on (only that one, if not *lasting*), each takes about half of its bytes, at least one."""
-    return Fault(at=at, name="write", moment="torn", lasting=lasting, strike=lambda: None)
+def short_write(at: int = 1, *, name: str = "write", lasting: bool = True) -> Fault:
+    """From call *at* of *name* on (only that one, if not *lasting*), each takes about half of its bytes, never none."""
+    return Fault(at=at, name=name, moment="torn", lasting=lasting, strike=lambda: None)
 
 
 class FaultySystem(System):
@@ -124,6 +125,20 @@ class FaultySystem(System):
         if moment in ("torn", "after"):
             self._strike()
         return written
+
+    def write_direct(self, file: FileIO, data: memoryview) -> int:
+        moment = self._moment_of("write_direct", self._path(file), changes=True)
+        if moment == "before":
+            self._strike()
+        half = max(ALIGNMENT, len(data) // 2 // ALIGNMENT * ALIGNMENT)
+        written = self._inner.write_direct(file, data[:half] if moment == "torn" else data)
+        if moment in ("torn", "after"):
+            self._strike()
+        return written
+
+    def begin_write_back(self, file: FileIO, start: int, nbytes: int) -> None:
+        begin = self._inner.begin_write_back
+        self._change("begin_write_back", self._path(file), lambda: begin(file, start, nbytes))
 
     def fsync(self, file: FileIO) -> None:
         self._change("fsync", self._path(file), lambda: self._inner.fsync(file))

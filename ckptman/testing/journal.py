@@ -20,7 +20,7 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Wrote:
-    """*data* was appended to file number *node*."""
+    """*data* was appended to file number *node*, direct or not: neither is durable."""
 
     node: int
     data: bytes
@@ -101,6 +101,15 @@ class RecordingSystem(System):
             written = self._inner.write(file, data)
             self.journal.append(Wrote(self._nodes[id(file)], bytes(data[:written])))
             return written
+
+    def write_direct(self, file: FileIO, data: memoryview) -> int:
+        with self._lock:
+            written = self._inner.write_direct(file, data)
+            self.journal.append(Wrote(self._nodes[id(file)], bytes(data[:written])))
+            return written
+
+    def begin_write_back(self, file: FileIO, start: int, nbytes: int) -> None:
+        self._inner.begin_write_back(file, start, nbytes)  # it promises nothing, so there is nothing to write down
 
     def fsync(self, file: FileIO) -> None:
         with self._lock:

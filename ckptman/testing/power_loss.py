@@ -4,7 +4,7 @@ Every disk that a power loss could have left.
 `RecordingSystem` writes down each call that changes the disk. `crash_states` then cuts the power after each of them
 and lets the disk keep any choice of what no fsync had made durable:
 
-- bytes written to a file since its last fsync: all of them, none, the first half, or as many zeros;
+- bytes written to a file since its last fsync, direct ones too: all of them, none, the first half, or as many zeros;
 - names changed in a directory since its last fsync (of that directory): each one happened or not, independently.
 
 An fsync of a file says nothing about its name, and one of a directory nothing about the bytes of its files. Hard
