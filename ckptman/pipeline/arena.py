@@ -79,6 +79,19 @@ class Arena:
         with self._changed:
             return self._held - len(self._free)
 
+    def reserve(self, count: int) -> bool:
+        """
+        Grow until *count* slots are free, as far as the budget allows and the system gives.
+
+        Returns:
+            Whether *count* slots are there, those included that are in use now and will be given back.
+        """
+        with self._changed:
+            missing = min(self._held - len(self._free) + count, self._capacity()) - self._held
+            if missing > 0:
+                self._grow(missing)
+            return self._held >= count
+
     def take(self, *, wanted: int) -> Slot:
         """
         A slot. Waits until one is given back if *wanted* slots, or as many as the budget allows, are there already.

@@ -137,7 +137,7 @@ class Engine:
             borrowed = self._borrow(captured, attempts)
             staging = self._staging(captured, borrowed)
             stream = Stream(self._arena)
-            fits = staging.fits
+            fits = staging.reserve()
             deferred = self._stage(staging, stream, captured, step) if fits else None
             stall_s = time.monotonic() - began
             confirm = deferred.confirm if deferred else _nothing
@@ -203,8 +203,11 @@ class Engine:
         deferred = Deferred(step, staging, staging.run_partly(left.has_not), stream, left)
         if self._stager is None:
             self._stager = ThreadPoolExecutor(1, thread_name_prefix="ckptman-stage")
+        try:
+            self._stager.submit(deferred.run)
+        except RuntimeError:  # the interpreter is about to end, and starts no thread any more
+            deferred.run()
         self.overlap.add(deferred)
-        self._stager.submit(deferred.run)
         return deferred
 
     def _say_that_it_does_not_fit(self, staging: Staging) -> None:

@@ -35,6 +35,7 @@ from ckptman.pipeline.arena import Slot
 from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured
+from ckptman.state.tensors import is_plain
 
 _POLL_S = 0.1
 
@@ -197,7 +198,7 @@ def _tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.numel() > 0
+    return is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 0
 
 
 def _tells_before_it_steps(optimizer: Optimizer) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -74,8 +75,9 @@ class _Readers:
         started = []
         try:
             for helper in helpers:
-                helper.start()
-                started.append(helper)
+                with suppress(RuntimeError):  # no memory for one more thread, or the interpreter ends: fewer will do
+                    helper.start()
+                    started.append(helper)
             self._work()
         finally:
             with self._mutex:

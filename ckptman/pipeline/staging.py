@@ -77,10 +77,9 @@ class Staging:
         """Bytes of the files that will be written."""
         return sum(file.layout.nbytes for file in self.files)
 
-    @property
-    def fits(self) -> bool:
-        """Whether there may be a slot for every segment."""
-        return self.count <= min(self._wanted, self._arena.capacity())
+    def reserve(self) -> bool:
+        """Take memory for every segment; whether it is all there. If not, somebody must write while this stages."""
+        return self._arena.reserve(self.count)
 
     def run(self, stream: Stream) -> None:
         """Copy every segment into a slot and send it, waiting for slots; stop early where nobody receives any more."""

@@ -24,7 +24,7 @@ def expected_nbytes(state: Mapping[str, object]) -> int:
     forecast = 0
     for live in state.values():
         for tensor in _tensors(live):
-            if is_plain(tensor) and tensor.layout == torch.strided:
+            if is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
                 tensors[tie_key(tensor)] = tensor
         if isinstance(live, Optimizer):
             forecast += sum(_moments(group) for group in live.param_groups) if not live.state else 0

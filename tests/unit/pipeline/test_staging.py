@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 from ckptman import CheckpointManager, Limits, SaveFailed
 from ckptman.errors import StorageError
 from ckptman.events import Staged
-from ckptman.pipeline.arena import SLOT_NBYTES
+from ckptman.pipeline.arena import SLOT_NBYTES, pages
 from ckptman.pipeline.planning import Part, Planner, Run
 from ckptman.state.capture import Leaf
 from ckptman.storage.base import NewFile
@@ -236,3 +238,62 @@ def test_memory_is_taken_ahead_and_not_for_blocking_saves(tmp_path: Path) -> Non
         assert arena._held <= 3
     with CheckpointManager(tmp_path, state, limits=Limits(prefault=False)) as manager:
         assert manager._engine._arena._held == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_system_that_refuses_memory_gets_a_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, overlap: bool
+) -> None:
+    """The budget would allow all, the system gives one slot: the save goes through it instead of waiting for ever."""
+    given = 0
+
+    def allocate(nbytes: int) -> torch.Tensor:
+        nonlocal given
+        if given or nbytes > SLOT_NBYTES:
+            raise MemoryError
+        given += 1
+        return pages(nbytes)
+
+    monkeypatch.setattr("ckptman.pipeline.engine.pages", allocate)
+    model = torch.nn.Linear(2048, 4096)
+    state = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    limits = Limits(host_nbytes=1 << 30, prefault=False)
+    with CheckpointManager(tmp_path, state, limits=limits, overlap=overlap) as manager:
+        for step in (1, 2):
+            with torch.no_grad():
+                model.weight.add_(1)
+            manager.save(step).result(60)
+        expected = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight.zero_()
+        manager.restore()
+    assert torch.equal(model.weight, expected)
+    assert caplog.text.count("no more memory for staging") == 1
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from ckptman import CheckpointManager, Limits
+state = {"x": torch.randn(40 << 20)}
+with CheckpointManager(sys.argv[1], state, limits=Limits(host_nbytes=1 << 30, prefault=False)) as manager:
+    manager.save(1, block=True)  # whatever it imports and starts is there now
+    used = int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmSize")).split()[1])
+    resource.setrlimit(resource.RLIMIT_AS, ((used << 10) + (50 << 20),) * 2)
+    state["x"].add_(1)
+    manager.save(2).result(60)
+    expected = state["x"][:5].clone()
+    state["x"].zero_()
+    assert manager.restore().step == 2
+    assert torch.equal(state["x"][:5], expected)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is enforced on Linux")
+def test_a_real_limit_on_memory_is_survived(tmp_path: Path) -> None:
+    """A process that may take 50 MiB more saves 160 MiB in the background, and says that it took a smaller ring."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no more memory for staging" in done.stderr
