@@ -163,16 +163,22 @@ class Arena:
                 self._changed.notify_all()
 
     def _grow(self, count: int) -> None:
-        """Take memory for *count* more slots, or for as many as there is; for a caller that holds the lock."""
+        """
+        Take memory for *count* more slots; for a caller that holds the lock.
+
+        Where that is refused, for half as many, and so on, and that is the end of growing: what is left of the
+        system's memory is needed for threads and training.
+        """
+        wanted = count
         while count and not (slots := self._new(count)):
             count //= 2
-        if not count:
+        if count:
+            self._free += slots
+            self._held += count
+        if count < wanted:
             self._refused()
-            if self._held == 0:
-                raise MemoryError(f"there is no memory for a staging buffer of {SLOT_NBYTES >> 20} MiB")
-            return
-        self._free += slots
-        self._held += count
+        if self._held == 0:
+            raise MemoryError(f"there is no memory for a staging buffer of {SLOT_NBYTES >> 20} MiB")
 
     def _new(self, count: int) -> list[Slot]:
         try:
