@@ -193,7 +193,7 @@ def _in_a_process(question: str, contestant: str, place: Place) -> dict[str, flo
         ours.close()
     if not is_good:
         raise MeasurementFailed(result)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _end(process: multiprocessing.process.BaseProcess) -> None:

@@ -60,7 +60,7 @@ class Ckptman(_Tool):
     def open(self) -> None:
         from ckptman import CheckpointManager
 
-        self.manager = CheckpointManager(self.folder, self.state.components, **self.keywords)  # type: ignore[arg-type]
+        self.manager = CheckpointManager(self.folder, self.state.components, **self.keywords)
 
     def save(self, step: int) -> None:
         self.manager.save(step, block=True)
@@ -173,17 +173,17 @@ class Torchsnapshot(_Tool):
     def save(self, step: int) -> None:
         from torchsnapshot import Snapshot
 
-        Snapshot.take(str(self.at(step)), self.state.components)  # type: ignore[arg-type]
+        Snapshot.take(str(self.at(step)), self.state.components)
 
     def begin(self, step: int) -> Wait:
         from torchsnapshot import Snapshot
 
-        return Snapshot.async_take(str(self.at(step)), self.state.components).wait  # type: ignore[arg-type]
+        return Snapshot.async_take(str(self.at(step)), self.state.components).wait
 
     def load(self, step: int) -> None:
         from torchsnapshot import Snapshot
 
-        Snapshot(str(self.at(step))).restore(self.state.components)  # type: ignore[arg-type]
+        Snapshot(str(self.at(step))).restore(self.state.components)
 
 
 class TorchCheckpointing(_Tool):
@@ -192,7 +192,7 @@ class TorchCheckpointing(_Tool):
     name = "torch_checkpointing"
     module = "torch_checkpointing"
 
-    def manager(self, *, behind: bool):  # type: ignore[no-untyped-def]
+    def manager(self, *, behind: bool):
         from torch_checkpointing import CheckpointManager
         from torch_checkpointing.config import CheckpointLoaderConfig
         from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
@@ -227,7 +227,7 @@ class TorchCheckpointingAsync(TorchCheckpointing):
         self.manager(behind=True)
 
     def begin(self, step: int) -> Wait:
-        return self.opened.save(str(self.at(step)), self.state.dicts).result  # type: ignore[no-any-return]
+        return self.opened.save(str(self.at(step)), self.state.dicts).result
 
     def before_step(self) -> None:
         """What its user has to remember."""

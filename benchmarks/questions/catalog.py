@@ -55,7 +55,7 @@ def look(place: Place) -> Mapping[str, float]:
     return {"latest_s": _cold(latest, place), "checkpoints_s": _cold(checkpoints, place)}
 
 
-def _cold(action, place: Place) -> float:  # type: ignore[no-untyped-def]
+def _cold(action, place: Place) -> float:
     system.drop_caches(place.folder)
     return system.timed(action, pause_s=place.pause_s)
 

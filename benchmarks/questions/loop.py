@@ -45,7 +45,7 @@ def _train(tool: Tool | None, state: State, *, every_s: float, saves: int) -> fl
 
 
 def _save(tool: Tool, step: int) -> None:
-    begin: AsyncTool | None = tool if hasattr(tool, "begin") else None  # type: ignore[assignment]
+    begin: AsyncTool | None = tool if hasattr(tool, "begin") else None
     if begin is not None:
         begin.begin(step)
     else:

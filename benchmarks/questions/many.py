@@ -40,7 +40,7 @@ def _seconds(tool: type[Tool], place: Place, *, as_one: bool) -> dict[str, float
     folder = place.folder / ("one" if as_one else "many")
     folder.mkdir()
     state = Loose(place.scale.tensors, as_one=as_one)
-    opened = tool(folder, state)  # type: ignore[arg-type]
+    opened = tool(folder, state)
     first = system.timed(lambda: opened.save(1), pause_s=place.pause_s)
     state.change()
     later = system.timed(lambda: opened.save(2), pause_s=place.pause_s)
@@ -50,7 +50,7 @@ def _seconds(tool: type[Tool], place: Place, *, as_one: bool) -> dict[str, float
 
 def _restore(tool: type[Tool], folder: Path, place: Place, *, as_one: bool) -> float:
     state = Loose(place.scale.tensors, as_one=as_one, seed=1)
-    opened = tool(folder, state)  # type: ignore[arg-type]
+    opened = tool(folder, state)
     seconds = system.timed(lambda: opened.load(2), pause_s=place.pause_s)
     opened.close()
     expected = Loose(place.scale.tensors, as_one=as_one)

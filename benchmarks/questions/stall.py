@@ -44,7 +44,7 @@ def _one_save(tool: AsyncTool, state: State, step: int, place: Place) -> tuple[f
     return call_s, step_s
 
 
-def _seconds_of_a_step(state: State, before=None) -> float:  # type: ignore[no-untyped-def]
+def _seconds_of_a_step(state: State, before=None) -> float:
     began = time.perf_counter()
     if before is not None:
         before()
@@ -66,7 +66,7 @@ def copy(place: Place) -> Mapping[str, float]:
     return {"later_s": statistics.median(seconds), "first_s": seconds[0], "nbytes": state.nbytes}
 
 
-def _after_a_step(action, state: State, place: Place) -> float:  # type: ignore[no-untyped-def]
+def _after_a_step(action, state: State, place: Place) -> float:
     state.train_step()
     return system.timed(action, pause_s=place.pause_s)
 
