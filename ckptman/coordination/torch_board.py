@@ -122,7 +122,7 @@ def _connection(store: Store) -> Store:
     The training's own may be held for minutes by somebody who waits in it (a group that is being made).
     """
     try:
-        return cast(Store, store.clone())
+        return cast(Store, store.clone())  # type: ignore[attr-defined]  # newer than its stubs
     except (AttributeError, RuntimeError, NotImplementedError):  # an older torch, or a store of somebody's own
         return store
 
