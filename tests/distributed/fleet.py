@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +61,7 @@ def _fork(
         return pid, path
     status = 1
     try:
+        warnings.simplefilter("ignore")
         torch.manual_seed(0)
         if group:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)

@@ -66,8 +66,10 @@ def state_of(spread: str) -> State:
     return {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
 
-def step(state: State, number: int, *, parts: int = 1, part: int = 0) -> None:
-    """One step on the same 12 examples whatever the number of ranks; each rank takes its *part* of *parts*."""
+def step(state: State, spread: str, number: int) -> None:
+    """One step on the same 12 examples whatever the number of ranks; those that share data take the same part."""
+    rank, parts = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    part, parts = (rank // 2, parts // 2) if spread == "tp_fsdp" else (rank, parts)
     generator = torch.Generator().manual_seed(number)
     inputs = torch.randn(12, 6, generator=generator)[part::parts]
     loss = (state["model"](inputs) - inputs[:, :3].cumsum(dim=1)).square().mean()
@@ -93,7 +95,3 @@ def facts(state: State) -> dict[str, Any]:
             found[f"{name}.{key}"] = whole(value)
     found["lr"] = state["scheduler"].get_last_lr()
     return found
-
-
-def ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
