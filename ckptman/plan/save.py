@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import msgspec
 
@@ -38,9 +37,7 @@ class Share(msgspec.Struct, frozen=True, array_like=True, gc=False):
     stop: int | None = None
 
 
-class _Holder(NamedTuple):
-    rank: int
-    item: int
+_Holder = tuple[int, int]  # a rank, and the number of the box among those that it holds
 
 
 def assign(held: Sequence[Sequence[Held]]) -> list[list[Share]]:
@@ -54,33 +51,41 @@ def assign(held: Sequence[Sequence[Held]]) -> list[list[Share]]:
         What each rank writes, by rank, in the order in which it holds it. Empty boxes of tensors that are not empty are
         written by nobody.
     """
-    holders: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[_Holder]] = {}
+    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], _Holder] = {}
+    shared: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[_Holder]] = {}
     for rank, items in enumerate(held):
         for index, item in enumerate(items):
             if item.nbytes or not math.prod(item.shape):
-                holders.setdefault((item.name, item.offset, item.extent), []).append(_Holder(rank, index))
+                box = item.name, item.offset, item.extent
+                holder = rank, index
+                known = first.setdefault(box, holder)
+                if known is not holder:
+                    shared.setdefault(box, [known]).append(holder)
     shares: list[list[Share]] = [[] for _ in held]
     loads = [0] * len(held)
-    replicas: list[tuple[int, list[_Holder]]] = []
-    for owners in holders.values():
-        rank, index = owners[0].rank, owners[0].item
-        nbytes = held[rank][index].nbytes
-        if len(owners) == 1:
-            loads[rank] += nbytes
+    for box, (rank, index) in first.items():
+        if box not in shared:
+            loads[rank] += held[rank][index].nbytes
             shares[rank].append(Share(index))
-        else:
-            replicas.append((nbytes, owners))
-    replicas.sort(key=lambda replica: -replica[0])
-    fair = (sum(loads) + sum(nbytes for nbytes, _ in replicas)) // max(1, len(held))
-    for nbytes, owners in replicas:
-        item = held[owners[0].rank][owners[0].item]
-        for start, stop in _cuts(item, len(owners), fair):
-            owner = min(owners, key=lambda holder: (loads[holder.rank], holder.rank))
-            loads[owner.rank] += nbytes if start is None or stop is None else nbytes * (stop - start) // item.extent[0]
-            shares[owner.rank].append(Share(owner.item, start, stop))
+    _spread(held, list(shared.values()), loads, shares)
     for one in shares:
         one.sort(key=lambda share: (share.index, share.start or 0))
     return shares
+
+
+def _spread(
+    held: Sequence[Sequence[Held]], replicas: list[list[_Holder]], loads: list[int], shares: list[list[Share]]
+) -> None:
+    """Give each of *replicas* to the holder that has least to write, the largest first."""
+    sized = [(held[rank][index], owners) for owners in replicas for rank, index in owners[:1]]
+    sized.sort(key=lambda replica: -replica[0].nbytes)
+    fair = (sum(loads) + sum(item.nbytes for item, _ in sized)) // max(1, len(held))
+    for item, owners in sized:
+        for start, stop in _cuts(item, len(owners), fair):
+            rank, index = min(owners, key=lambda holder: loads[holder[0]])  # of equals the lowest
+            part = 1 if start is None or stop is None else (stop - start) / item.extent[0]
+            loads[rank] += round(item.nbytes * part)
+            shares[rank].append(Share(index, start, stop))
 
 
 def _cuts(item: Held, holders: int, fair: int) -> list[tuple[int | None, int | None]]:
