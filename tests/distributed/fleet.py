@@ -20,6 +20,8 @@ Result = TypeVar("Result")
 
 TIMEOUT_S = 100
 
+torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # imports half of torch: once here, and not in each process
+
 
 def run(folder: Path, world_size: int, scenario: Callable[..., Any], *args: object, group: bool = True) -> list[Any]:
     """
