@@ -14,9 +14,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from ckptman.coordinator import Coordinator, Solo, current
+from ckptman.coordinator import Coordinator, RankLost, Solo, current
 from ckptman.errors import (
     CheckpointNotFound,
+    CkptmanError,
     IntegrityError,
     Preempted,
     SaveFailed,
@@ -30,6 +31,7 @@ from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.engine import Engine, Source
+from ckptman.pipeline.loss import failure as failure_of
 from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.recall import all_damaged, recall
@@ -276,9 +278,12 @@ class CheckpointManager:
         def named() -> Attempted:
             owner = self._own_to_save(step)
             attempts = [entry.attempt for entry in owner.newest.checkpoints]
-            return Attempted(attempt=name_attempt(owner, step), attempts=attempts)
+            return Attempted(attempt=name_attempt(owner, step), after=owner.newest.number, attempts=attempts)
 
-        captured, shared = self._sharing.begin(step, captured_here, named)
+        try:
+            captured, shared = self._sharing.begin(step, captured_here, named)
+        except RankLost as lost:
+            raise failure_of(step, lost) from lost
         turn = Turn(self._ranks, self._storage, self._owner, job_of(captured), shared)
         return Begun(turn.job, shared.mine, shared.attempts, turn.write, turn.abandon)
 
@@ -400,9 +405,12 @@ class CheckpointManager:
         def load(entry: Entry, manifest: Manifest) -> Checkpoint:
             return self._load_together(entry, manifest, only, strict)
 
-        checkpoint, skipped = recall(
-            self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
-        )
+        try:
+            checkpoint, skipped = recall(
+                self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
+            )
+        except RankLost as lost:
+            raise CkptmanError(f"restoring {which!r} from {self.root} was given up: {lost}") from lost
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from ckptman import errors
+from ckptman.coordinator import Coordinator, RankLost
 from ckptman.errors import CkptmanError
-
-if TYPE_CHECKING:
-    from ckptman.coordinator import Coordinator
 
 _CLASSES: dict[str, type[CkptmanError]] = {
     kind.__name__: kind
@@ -81,7 +79,7 @@ class Ranks:
         Raises:
             CkptmanError: What was raised by the part of the lowest rank that failed, or by the conclusion: of the same
                 class and with the same text on every rank. One of another tree is raised as a plain `CkptmanError`.
-            Exception: The coordinator lost a rank. Others may have got the conclusion.
+            RankLost: A rank went away. Unless this is rank 0, *conclusion* may have been reached all the same.
         """
         mine, error = self._try(part)
         parts = self._coordinator.gather(msgspec.msgpack.encode(mine))
@@ -90,12 +88,20 @@ class Ranks:
             told, failed = self._conclude([msgspec.msgpack.decode(one, type=_Told) for one in parts], conclusion)
             error = error or failed
             answer = msgspec.msgpack.encode(told)
-        told = msgspec.msgpack.decode(self._coordinator.broadcast(answer), type=_Told)
+        told = msgspec.msgpack.decode(self._spread(answer), type=_Told)
         if error is not None and not isinstance(error, Exception):
             raise error  # Ctrl-C and the like: who was interrupted is to know it
         if told.failure is not None:
             raise _rebuilt(told.failure) from (error if told.failure.rank == self.rank else None)
         return told.value
+
+    def _spread(self, answer: bytes | None) -> bytes:
+        try:
+            return self._coordinator.broadcast(answer)
+        except RankLost:
+            if answer is None:
+                raise
+            return answer  # rank 0 knows it, whether or not the others will
 
     def _conclude(
         self, parts: list[_Told], conclusion: Callable[[list[bytes]], bytes]

@@ -62,6 +62,7 @@ class _Orders(msgspec.Struct, frozen=True, array_like=True):
     """What rank 0 answers: where to write, what may be borrowed from, and whether it has to know more first."""
 
     attempt: str
+    after: int
     attempts: list[str]
     is_new: bool
 
@@ -83,9 +84,14 @@ class _RankPlan(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempted:
-    """What rank 0 knows about an attempt before anything is written: its name, and those that may be borrowed from."""
+    """
+    What rank 0 knows about an attempt before anything is written.
+
+    Its name, the number of the newest record, and the attempts that may be borrowed from.
+    """
 
     attempt: str
+    after: int
     attempts: Sequence[str]
 
 
@@ -96,12 +102,14 @@ class Shared:
 
     Attributes:
         attempt: Where all write.
+        after: Number of the newest record when it was named: the next one lists it, or it will never be listed.
         attempts: What may be borrowed from.
         mine: What this rank writes: file → its leaves.
         own_values: The components whose values this rank has of its own.
     """
 
     attempt: str
+    after: int
     attempts: Sequence[str]
     mine: Mapping[str, Captured]
     own_values: Sequence[str]
@@ -145,7 +153,7 @@ class Sharing:
             _check_agreement(openings)
             named = name_attempt()
             return msgspec.msgpack.encode(
-                _Orders(named.attempt, list(named.attempts), self._is_new(_fingerprint(openings)))
+                _Orders(named.attempt, named.after, list(named.attempts), self._is_new(_fingerprint(openings)))
             )
 
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
@@ -158,7 +166,11 @@ class Sharing:
         assert self._plan is not None
         mine = _chosen(captured, self._plan, self._ranks.rank)
         return captured, Shared(
-            attempt=told.attempt, attempts=told.attempts, mine=mine, own_values=self._plan.own_values
+            attempt=told.attempt,
+            after=told.after,
+            attempts=told.attempts,
+            mine=mine,
+            own_values=self._plan.own_values,
         )
 
     def _is_new(self, fingerprint: str) -> bool:

@@ -6,8 +6,7 @@ One save from many ranks, from what each has staged to what is committed.
    and nothing exists.
 3. Rank 0 puts the reports together, writes the manifest, commits, and tells every rank.
 
-Where the answer of 3 is lost together with a rank, the others look into the catalog: what is listed there is
-committed; of what is not, nobody can say that it will not be in a moment, and that is `CommitUnknown`.
+Where a rank is lost meanwhile, that may hide whether 3 came to its end; the catalog tells: `ckptman.pipeline.loss`.
 """
 
 from __future__ import annotations
@@ -17,18 +16,20 @@ from collections.abc import Sequence
 
 import msgspec
 
+from ckptman.coordinator import RankLost
 from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, SaveFailed, UnsupportedState
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Component, File, Manifest, Tensor, box_of
 from ckptman.format.names import rank_name
 from ckptman.pipeline.engine import Source
+from ckptman.pipeline.loss import find_out, give_up
 from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.saving import Job, Saved, commit_entry, manifest_of, put_manifest
 from ckptman.pipeline.sharing import Shared
 from ckptman.pipeline.stream import StagingStopped
 from ckptman.pipeline.writing import write_files
 from ckptman.repository.ownership import Ownership
-from ckptman.repository.repository import Repository, checkpoint_of
+from ckptman.repository.repository import checkpoint_of
 from ckptman.storage.base import Storage
 
 
@@ -84,6 +85,8 @@ class Turn:
 
         try:
             self._ranks.conclude(part)
+        except RankLost as lost:
+            raise failed(self.job.step, lost) from error
         finally:
             if self._owner is not None:
                 self._owner.discard(self._shared.attempt)
@@ -139,6 +142,10 @@ def write_together(
         outcome = msgspec.msgpack.decode(ranks.conclude(part, conclusion), type=_Outcome)
     except CommitUnknown:
         raise  # it may be listed
+    except RankLost as lost:
+        if owner is not None:
+            raise give_up(owner, job.step, shared.attempt, lost) from lost
+        outcome = _Outcome(find_out(storage, job.step, shared.attempt, shared.after, lost, rank=ranks.rank), [])
     except CkptmanError:
         if owner is not None:
             owner.discard(shared.attempt)
@@ -230,8 +237,3 @@ def _own_manifest(job: Job, attempt: str, report: _Report) -> Manifest:
         aliases={},
         environment={},
     )
-
-
-def look_up(storage: Storage, attempt: str) -> Entry | None:
-    """How the catalog lists *attempt*; None where it does not."""
-    return next((entry for entry in Repository(storage).entries() if entry.attempt == attempt), None)
