@@ -26,6 +26,7 @@ _HOMES = {
     "tag": "tags",
     "untag": "tags",
     "delete": "delete",
+    "cp": "cp",
 }
 """Each command, and the module of this package that has it under its own name."""
 
