@@ -27,6 +27,7 @@ _HOMES = {
     "untag": "tags",
     "delete": "delete",
     "cp": "cp",
+    "doctor": "doctor",
 }
 """Each command, and the module of this package that has it under its own name."""
 
