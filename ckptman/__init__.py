@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
+    from ckptman.pipeline.mirroring import Mirror
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -54,6 +55,7 @@ _HOMES = {
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.pipeline.mirroring": ("Mirror",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -74,6 +76,7 @@ __all__ = [
     "Limits",
     "LockError",
     "LockTimeout",
+    "Mirror",
     "PendingSave",
     "Preempted",
     "SaveFailed",

@@ -23,19 +23,34 @@ from ckptman.errors import (
     SaveFailed,
     StorageError,
 )
-from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
+from ckptman.events import (
+    BecameWriter,
+    Committed,
+    Damaged,
+    Event,
+    Hook,
+    MirrorErred,
+    Pruned,
+    Restored,
+    SaveErred,
+    Staged,
+)
 from ckptman.format.catalog import Entry
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.engine import Engine, Source
+from ckptman.pipeline.mirroring import Mirror, Mirroring
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.saving import Job, Saved, write_checkpoint
 from ckptman.preemption import Notices
 from ckptman.repository import keep as keep_rules
+from ckptman.repository.both import Placed, of_both, seen_until
 from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
+from ckptman.repository.counterparts import counterpart
+from ckptman.repository.head import Head
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
 from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
@@ -79,6 +94,8 @@ class CheckpointManager:
         lock_timeout: Seconds to wait for another writer to go away.
         limits: Memory, threads, and saves at a time: see `Limits`.
         hooks: Called with every event.
+        mirror: A second root that gets a copy of every checkpoint in the background: a root, or a `Mirror` with its own
+            ``keep``. ``restore`` reads both. What fails there is an event, and never a failed save.
 
     Use it from one thread, in one process: in a job of several ranks, on one of them.
 
@@ -98,6 +115,7 @@ class CheckpointManager:
         lock_timeout: float = 60.0,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
+        mirror: str | os.PathLike[str] | Storage | Mirror | None = None,
     ) -> None:
         self._storage = open_storage(root)
         self._repository = Repository(self._storage)
@@ -110,6 +128,8 @@ class CheckpointManager:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
         if self._state is not None:
             _refuse_ranks()
+        elif mirror is not None:
+            raise ValueError("a manager that is opened for reading has no mirror: give it a state")
         self._save_every = save_every
         self._keep = keep
         self._rng = rng
@@ -121,6 +141,8 @@ class CheckpointManager:
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         self._notices = Notices()
+        self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror)
+        self._mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
         weakref.finalize(self, self._notices.uninstall)
         weakref.finalize(self, self._engine.forget)
         self._last_save_at = time.monotonic()
@@ -244,6 +266,7 @@ class CheckpointManager:
         self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
         if saved.pruned:
             self._emit(Pruned(root=self.root, steps=saved.pruned))
+        self._notify_mirror()
         return saved.checkpoint
 
     def _check_open_for_saving(self) -> Mapping[str, object]:
@@ -265,6 +288,7 @@ class CheckpointManager:
         if self._owner is None:
             self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=self._background.drain)
             self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
+            self._notify_mirror()
         self._owner.check()
         return self._owner
 
@@ -291,16 +315,18 @@ class CheckpointManager:
             The checkpoint, with ``values`` (the plain values of the state) and ``skipped``; None if the latest was
             asked for and the root has no checkpoint.
 
-        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. Names, shapes and
-        dtypes are compared before any live object is touched. *Not* promised: after an `IntegrityError` (or Ctrl-C)
-        in mid-read the live tensors may be a mixture; the manager then refuses to save until a restore succeeds.
+        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. With a mirror, it
+        is the newest intact one of both roots, read from where it is; others are looked for in the mirror after the
+        root. Names, shapes and dtypes are compared before any live object is touched. *Not* promised: after an
+        `IntegrityError` (or Ctrl-C) in mid-read the live tensors may be a mixture; the manager then refuses to save
+        until a restore succeeds.
 
         Raises:
             CheckpointNotFound: There is no such step, tag or metric.
             StateMismatch: The checkpoint and the live state disagree. Nothing was touched.
             IntegrityError: The checkpoint is damaged; for ``"latest"``: all of them are.
             FormatError: The checkpoint or the catalog is of a newer format, or no catalog record can be read.
-            StorageError: The medium failed.
+            StorageError: The medium failed; or the root has no checkpoint, and its mirror could not be read.
         """
         self._check_open()
         if self._state is None:
@@ -318,24 +344,36 @@ class CheckpointManager:
         return checkpoint
 
     def _restore_one(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint:
-        entry = find(self._entries(), which, self.root)
+        entries = self._entries()
+        try:
+            entry = find(entries, which, self.root)
+        except CheckpointNotFound:
+            if self._mirrored is None:
+                raise
+            return self._load(find(self._mirror_entries(entries), which, self.root), only, strict, self._mirrored)
         try:
             return self._load(entry, only, strict)
         except IntegrityError as error:
             if entry not in self._entries():
                 raise CheckpointNotFound(f"step {entry.step} of {self.root} was deleted while it was read") from error
-            raise
+            copy = counterpart(entry, self._mirror_entries(entries))
+            if copy is None:
+                raise
+            skipped = self._pass_over(entry, error)
+        return replace(self._load(copy, only, strict, self._mirrored), skipped=(skipped,))
 
     def _restore_latest(self, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        skipped: dict[str, Skipped] = {}
-        entries = self._entries()
-        while entry := next((e for e in reversed(entries) if e.attempt not in skipped), None):
+        skipped: dict[tuple[str, bool], Skipped] = {}
+        candidates = self._candidates()
+        while one := next((c for c in reversed(candidates) if c.key not in skipped), None):
             try:
-                checkpoint = self._load(entry, only, strict)
+                checkpoint = self._load(one.entry, only, strict, self._mirrored if one.is_mirrored else None)
             except IntegrityError as error:
-                entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
-                if entry in entries:
-                    skipped[entry.attempt] = self._pass_over(entry, error)
+                candidates = (
+                    self._candidates()
+                )  # one that was dropped meanwhile is not damaged, and newer ones may exist
+                if one in candidates:
+                    skipped[one.key] = self._pass_over(one.entry, error)
                 continue
             return replace(checkpoint, skipped=tuple(skipped.values()))
         if not skipped:
@@ -346,29 +384,57 @@ class CheckpointManager:
             "'ckptman verify' lists all damage; use another root to start afresh"
         )
 
+    def _candidates(self) -> list[Placed]:
+        """What to try to restore, best last."""
+        head = self._head()
+        own = head.record.checkpoints if head.record else ()
+        return of_both(own, seen_until(self._storage, head), self._mirror_entries(own))
+
+    def _mirror_entries(self, own: Collection[Entry]) -> tuple[Entry, ...]:
+        """What the mirror has. Nothing without a mirror, or where it cannot be read and there are some of our *own*."""
+        if self._mirrored is None:
+            return ()
+        try:
+            return self._mirrored.entries()
+        except CkptmanError as error:
+            url = self._mirrored.storage.url
+            if not own:
+                raise StorageError(
+                    f"{self.root} has no checkpoint, and its mirror {url} cannot be read: {error}. To start afresh all "
+                    "the same, leave the mirror out"
+                ) from error
+            _log.warning("the mirror %s cannot be read, so %s is restored without it: %s", url, self.root, error)
+            self._emit(MirrorErred(root=self.root, mirror=url, step=None, error=error, retry_s=None))
+            return ()
+
     def _pass_over(self, entry: Entry, error: CkptmanError) -> Skipped:
         warnings.warn(
-            f"step {entry.step} of {self.root} is damaged and was passed over for an older one: {error}",
+            f"step {entry.step} of {self.root} is damaged and was passed over for an older one, or a copy: {error}",
             DamagedCheckpointWarning,
             stacklevel=4,
         )
         self._emit(Damaged(root=self.root, step=entry.step, reason=str(error)))
         return Skipped(step=entry.step, reason=str(error))
 
-    def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
+    def _load(
+        self, entry: Entry, only: Collection[str] | None, strict: bool, mirrored: Repository | None = None
+    ) -> Checkpoint:
+        """Load *entry* of the root, or of the mirror."""
         assert self._state is not None
-        manifest = self._repository.manifest(entry)
+        repository = mirrored or self._repository
+        manifest = repository.manifest(entry)
         restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
         before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
         try:
-            fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)
+            fill(repository.storage, manifest, restoration.targets, threads=self._limits.io_threads)
             values = restoration.finish()
         except Exception as error:
             self._half_restored = f"restoring step {entry.step} failed: {error}"
             raise
         self._half_restored = None if restoration.is_complete else before
-        self._engine.borrowing.restored(manifest, restoration.targets.keys())
-        return replace(self._repository.checkpoint(entry), values=values)
+        if mirrored is None:  # the files of the mirror cannot be pointed at from here
+            self._engine.borrowing.restored(manifest, restoration.targets.keys())
+        return replace(repository.checkpoint(entry), values=values)
 
     # ------------------------------------------------------------------ looking
 
@@ -386,13 +452,17 @@ class CheckpointManager:
         return next(iter(keep_rules.ranked(self.checkpoints(), metric, mode)), None)
 
     def _entries(self) -> tuple[Entry, ...]:
+        record = self._head().record
+        return record.checkpoints if record else ()
+
+    def _head(self) -> Head:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            entries = self._repository.entries()
+            head = self._repository.head()
         for one in caught:
-            warnings.warn(one.message, one.category, stacklevel=4)
+            warnings.warn(one.message, one.category, stacklevel=5)
             self._emit(Damaged(root=self.root, step=None, reason=str(one.message)))
-        return entries
+        return head
 
     # ------------------------------------------------------------------ changing the catalog
 
@@ -422,12 +492,13 @@ class CheckpointManager:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
         self._background.drain()
         self._own().commit(change, what)
+        self._notify_mirror()
 
     # ------------------------------------------------------------------ draining
 
     def wait(self, timeout: float | None = None) -> None:
         """
-        Wait until nothing is under way.
+        Wait until nothing is under way. A mirror is not waited for.
 
         Raises:
             TimeoutError: *timeout* seconds were not enough; the save goes on.
@@ -440,17 +511,24 @@ class CheckpointManager:
         """
         Wait for what is under way, let go of the root and of the signal handlers. Calling it again does nothing.
 
+        With a mirror, it then waits until the newest checkpoint is there too, as long as `Mirror` says.
+
         Raises:
             SaveFailed, Fenced, CommitUnknown: As ``wait``, after everything was let go.
+            RuntimeError: A hook called this.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
+        if self._mirroring is not None:
+            self._mirroring.refuse_its_thread()
         self._background.drain()
         self._is_closed = True
         self._notices.uninstall()
         self._engine.close()
         if self._owner is not None:
             self._owner.release()
+        if self._mirroring is not None:
+            self._mirroring.close(waits=self._notices.received is None)
         self._raise_uncollected()
 
     def __enter__(self) -> Self:
@@ -472,12 +550,32 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
+    def _notify_mirror(self) -> None:
+        if self._mirroring is not None:
+            self._mirroring.notify()
+
     def _emit(self, event: Event) -> None:
         for hook in self._hooks:
             try:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
+
+
+def _mirroring(
+    manager: CheckpointManager, source: Storage, mirror: str | os.PathLike[str] | Storage | Mirror
+) -> Mirroring:
+    """Its thread must not keep alive a manager that nobody refers to any more: it ends with it."""
+    reached = weakref.WeakMethod(manager._emit)
+
+    def emit(event: Event) -> None:
+        tell = reached()
+        if tell is not None:
+            tell(event)
+
+    mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), emit)
+    weakref.finalize(manager, mirroring.stop)
+    return mirroring
 
 
 def _refuse_ranks() -> None:

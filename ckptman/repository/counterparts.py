@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 from ckptman.format.catalog import Entry
+from ckptman.repository.changes import retained
+from ckptman.repository.keep import Keep
 
 
 def identity(entry: Entry) -> Hashable:
@@ -44,3 +46,21 @@ def place(entry: Entry, source: Sequence[Entry], others: Sequence[Entry]) -> int
     """
     later = {identity(one) for one in source[[one.attempt for one in source].index(entry.attempt) + 1 :]}
     return next((index for index, other in enumerate(others) if identity(other) in later), len(others))
+
+
+def due(source: Sequence[Entry], there: Sequence[Entry], keep: Keep, url: str) -> list[Entry]:
+    """
+    What of *source* a root at *url*, with the checkpoints *there* and its own rule *keep*, should get; newest first.
+
+    That is: what it lacks and would keep, and that of which it lacks a tag.
+    """
+    lacking = missing(source, there)
+    steps = {entry.step for entry in lacking}
+    merged = [entry for entry in there if entry.step not in steps]
+    for entry in lacking:
+        merged.insert(place(entry, source, merged), entry)
+    kept = {entry.attempt for entry in retained(merged, keep, url)} if merged else set()
+    copied = {identity(entry): entry for entry in there}
+    untagged = [e for e in source if identity(e) in copied and not set(e.tags) <= set(copied[identity(e)].tags)]
+    wanted = {entry.attempt for entry in lacking if entry.attempt in kept} | {entry.attempt for entry in untagged}
+    return [entry for entry in reversed(source) if entry.attempt in wanted]

@@ -32,6 +32,9 @@ from ckptman.storage.base import KeyExists, KeyMissing, Storage
 
 MAX_MARKER_NBYTES = 1 << 16
 
+TAKE_OVER = "take over"
+"""The change of a record that only names a new writer."""
+
 
 class _Marker(msgspec.Struct, kw_only=True):
     format: int
@@ -147,7 +150,7 @@ def take(
     *,
     timeout_s: float,
     change: Change = tuple,
-    what: str = "take over",
+    what: str = TAKE_OVER,
     sweeps: bool = True,
     mend: Callable[[Storage], str] | None = None,
     on_succession: Callable[[], object] = lambda: None,
