@@ -3,7 +3,7 @@ ckptman: save, be killed, resume — bit for bit.
 
 The house, from the ground up; a module imports only from floors below its own:
 
-    7  guests     cli/ | demo/ | testing/
+    7  guests     cli/ | demo/ | testing/      doctor/ is what cli/ measures a storage with
     6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
     5  motion     pipeline/                    stage → write, read → place
     4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
+    from ckptman.pipeline.mirroring import Mirror
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -55,6 +56,7 @@ _HOMES = {
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.pipeline.mirroring": ("Mirror",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -75,6 +77,7 @@ __all__ = [
     "Limits",
     "LockError",
     "LockTimeout",
+    "Mirror",
     "PendingSave",
     "Preempted",
     "RankLost",

@@ -39,7 +39,7 @@ def give_up(owner: Ownership, step: int, attempt: str, lost: RankLost) -> Ckptma
     """For rank 0: never list *attempt*, and let the others know; return what is to be raised."""
     owner.discard(attempt)
     with contextlib.suppress(CkptmanError):  # then the others will not know, and say so
-        owner.commit(tuple, f"give up step {step}, since rank {lost.rank} was lost")
+        owner.commit(tuple, f"give up step {step}, since a rank was lost")
     return failure(step, lost)
 
 
@@ -57,7 +57,7 @@ def find_out(storage: Storage, step: int, attempt: str, after: int, lost: RankLo
         CommitUnknown: Nobody can tell.
     """
     ends_at = time.monotonic() + PATIENCE_S
-    is_successor = rank == 1 and lost.rank in (0, None)
+    is_successor = rank == 1 and (0 in lost.ranks or not lost.ranks)
     while True:
         try:
             if is_successor:

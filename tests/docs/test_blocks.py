@@ -23,6 +23,7 @@ BLOCKS = {
     "docs/how-to/resume.md": 6,
     "docs/how-to/retention.md": 3,
     "docs/how-to/recover-from-damage.md": 5,
+    "docs/how-to/second-copy.md": 2,
     "docs/reference/api.md": 2,
     "docs/reference/format.md": 1,
 }
@@ -119,7 +120,7 @@ def test_everything_public_is_in_the_reference() -> None:
     rules = [f"keep.{name}" for name in ("everything", "last", "best", "every", "hours", "days")]
     assert all(hasattr(keep, rule.removeprefix("keep.")) for rule in rules)
     methods = [name for name in vars(CheckpointManager) if not name.startswith("_")]
-    assert len(events_) == 8
+    assert len(events_) == 10
     wanted = [*ckptman.__all__, *events_, *rules, *methods]
     assert [name for name in wanted if not re.search(rf"\b{re.escape(name)}\b", "\n".join(pages))] == []
 
