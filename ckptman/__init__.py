@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptman.coordinator import Coordinator, FilesCoordinator, TorchCoordinator
     from ckptman.errors import (
         CheckpointNotFound,
         CkptmanError,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ckptman.coordinator": ("Coordinator", "FilesCoordinator", "TorchCoordinator"),
     "ckptman.errors": (
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
         "LockTimeout", "Preempted", "RankLost", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
@@ -67,9 +69,11 @@ __all__ = [
     "CheckpointNotFound",
     "CkptmanError",
     "CommitUnknown",
+    "Coordinator",
     "DamagedCheckpointWarning",
     "Every",
     "Fenced",
+    "FilesCoordinator",
     "FormatError",
     "IntegrityError",
     "Limits",
@@ -82,6 +86,7 @@ __all__ = [
     "Skipped",
     "StateMismatch",
     "StorageError",
+    "TorchCoordinator",
     "UnsupportedState",
     "keep",
 ]
