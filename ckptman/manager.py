@@ -14,12 +14,12 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from ckptman.coordinator import Coordinator, RankLost, Solo, current
+from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
     CheckpointNotFound,
-    CkptmanError,
     IntegrityError,
     Preempted,
+    RankLost,
     SaveFailed,
     StorageError,
 )
@@ -405,12 +405,9 @@ class CheckpointManager:
         def load(entry: Entry, manifest: Manifest) -> Checkpoint:
             return self._load_together(entry, manifest, only, strict)
 
-        try:
-            checkpoint, skipped = recall(
-                self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
-            )
-        except RankLost as lost:
-            raise CkptmanError(f"restoring {which!r} from {self.root} was given up: {lost}") from lost
+        checkpoint, skipped = recall(
+            self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
+        )
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:
