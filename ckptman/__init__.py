@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptman.coordinator import Coordinator, FilesCoordinator, TorchCoordinator
     from ckptman.errors import (
         CheckpointNotFound,
         CkptmanError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ckptman.coordinator": ("Coordinator", "FilesCoordinator", "TorchCoordinator"),
     "ckptman.errors": (
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
         "LockTimeout", "Preempted", "RankLost", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
@@ -69,9 +71,11 @@ __all__ = [
     "CheckpointNotFound",
     "CkptmanError",
     "CommitUnknown",
+    "Coordinator",
     "DamagedCheckpointWarning",
     "Every",
     "Fenced",
+    "FilesCoordinator",
     "FormatError",
     "IntegrityError",
     "Limits",
@@ -85,6 +89,7 @@ __all__ = [
     "Skipped",
     "StateMismatch",
     "StorageError",
+    "TorchCoordinator",
     "UnsupportedState",
     "keep",
 ]

@@ -14,10 +14,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-from ckptman.coordinator import Coordinator, RankLost, Solo, current
+from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
-    CkptmanError,
     Preempted,
+    RankLost,
     SaveFailed,
     StorageError,
 )
@@ -397,10 +397,7 @@ class CheckpointManager:
         def load(repository: Repository, entry: Entry, manifest: Manifest) -> Checkpoint:
             return self._load(repository, entry, manifest, only=only, strict=strict)
 
-        try:
-            checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
-        except RankLost as lost:
-            raise CkptmanError(f"restoring {which!r} from {self.root} was given up: {lost}") from lost
+        checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:

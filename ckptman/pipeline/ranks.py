@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 
 from ckptman import errors
-from ckptman.coordinator import Coordinator, RankLost
-from ckptman.errors import CkptmanError
+from ckptman.coordinator import Coordinator
+from ckptman.errors import CkptmanError, RankLost
 
 _CLASSES: dict[str, type[CkptmanError]] = {
     kind.__name__: kind
