@@ -107,7 +107,7 @@ def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
     }
     loads = {
         "plain": lambda number: read_plain(folder / f"plain-{number}" / str(rank), parts),
-        "ckptman": lambda number: manager.restore(number),
+        "ckptman": manager.restore,
         "dcp": dcp_load,
     }
     for number in range(repeats + 1):
@@ -118,7 +118,7 @@ def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
                 work = contestants[name]
                 if rank == 0:
                     os.sync()
-                seconds = timed(lambda work=work: work(number))
+                seconds = timed(lambda work=work, number=number: work(number))
                 if number:  # the first one warms up
                     times.setdefault(f"{kind} {name}", []).append(seconds)
         manager.delete(number)
