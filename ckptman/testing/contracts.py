@@ -263,15 +263,22 @@ class StorageContract:
     # delete
 
     def test_deleting(self, storage: Storage) -> None:
-        """What is named goes, missing keys are no error, all else stays; an emptied folder is gone, and can return."""
+        """What is named goes, missing keys are no error, all else stays; what was emptied can be filled again."""
         for key in ("f/a", "f/b", "g/a", "g/h/b", "top"):
             storage.create(key, b"x")
         storage.delete(["g/a", "nowhere/at/all", "g/h/b", "f/a", "g/a"])
         assert [stored.key for stored in storage.listing("")] == ["f/b", "top"]
-        assert storage.folders() == ["f"]
+        assert [folder for folder in storage.folders() if storage.listing(folder)] == ["f"]
         storage.create("g/a", b"again")
         storage.persist(["g", ""])
         assert storage.read("g/a", limit=9) == b"again"
+
+    def test_an_emptied_folder_is_gone(self, storage: Storage) -> None:
+        """A folder whose last key was deleted is not named any more."""
+        storage.create("f/a", b"x")
+        storage.create("g/a", b"x")
+        storage.delete(["g/a"])
+        assert storage.folders() == ["f"]
 
     def test_keys_are_deleted_in_their_order(self, storage: Storage) -> None:
         """When a later key is asked for, the earlier ones are gone already."""
