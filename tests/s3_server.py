@@ -42,7 +42,7 @@ AT_ONCE = Retry(sleep=lambda seconds: None)
 
 @functools.cache
 def _client_of(pid: int, port: int) -> object:
-    config = {"retries": {"total_max_attempts": 1}, "read_timeout": 2}
+    config = {"retries": {"total_max_attempts": 1}, "read_timeout": 20}
     return fsspec.filesystem(
         "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, **options(port)
     )

@@ -33,7 +33,14 @@ BAD_KEYS = (
 
 
 class StorageContract:
-    """Inherit, and give it a fixture ``storage``: an empty storage for each test."""
+    """
+    Inherit, and give it a fixture ``storage``: an empty storage for each test.
+
+    Attributes:
+        races: How often eight threads race for one key; fewer where a server answers slowly then.
+    """
+
+    races = 20
 
     # create
 
@@ -68,9 +75,8 @@ class StorageContract:
         assert storage.listing("") == [Stored(key="f/a", nbytes=5)]
 
     def test_one_of_many_racing_writers_wins(self, storage: Storage) -> None:
-        """Of eight threads that create one key at once, one succeeds and seven get KeyExists, 20 times over."""
-        races = 20
-        for number in range(races):
+        """Of eight threads that create one key at once, one succeeds and seven get KeyExists, time and again."""
+        for number in range(self.races):
             start = threading.Barrier(WRITERS)
 
             def race(writer: int, key: str = f"f/{number}", start: threading.Barrier = start) -> bool:
@@ -85,7 +91,7 @@ class StorageContract:
                 won = list(pool.map(race, range(WRITERS)))
             assert won.count(True) == 1
             assert storage.read(f"f/{number}", limit=999) == b"%d" % won.index(True) * 100
-        assert len(storage.listing("f")) == races
+        assert len(storage.listing("f")) == self.races
 
     def test_no_reader_sees_a_part(self, storage: Storage) -> None:
         """While large values are created, whoever sees a key reads all of it."""
@@ -94,7 +100,7 @@ class StorageContract:
         written: list[int] = []
 
         def write() -> None:
-            while not enough.is_set():
+            while not enough.is_set() and len(written) < 400:  # a storage in memory writes faster than it lists
                 storage.create(f"f/{len(written):06d}", data)
                 written.append(len(data))
 
