@@ -79,8 +79,8 @@ class CheckpointManager:
         1
 
     Args:
-        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, or a storage. It is created by the first
-            save.
+        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, any URL that fsspec has a driver for
+            (``s3://bucket/run``), or a storage. It is created by the first save.
         state: Component name → live object: a module, an optimizer, anything with ``state_dict`` and
             ``load_state_dict``, a generator, a tensor or array, a dict or list, or a plain value. None opens the root
             for reading: such a manager takes no lock and never writes.
@@ -93,6 +93,10 @@ class CheckpointManager:
             optimizer step that was compiled.
         rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: Handed to fsspec's driver of a URL such as ``s3://…``: credentials, ``endpoint_url``. Without
+            them the driver looks into its own environment variables and files.
+        single_writer: Accept an object store whose create-only put does not exclude; you see to it that nobody else
+            writes.
         limits: Memory, threads, and saves at a time: see `Limits`.
         coordinator: How the ranks of a job talk to each other. None: ``torch.distributed`` where it is initialised with
             several ranks, else this process is alone.
@@ -117,12 +121,14 @@ class CheckpointManager:
         overlap: bool = False,
         rng: bool = True,
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
+        single_writer: bool = False,
         coordinator: Coordinator | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
         mirror: str | os.PathLike[str] | Storage | Mirror | None = None,
     ) -> None:
-        self._storage = open_storage(root)
+        self._storage = open_storage(root, storage_options=storage_options, single_writer=single_writer)
         self._repository = Repository(self._storage)
         self._state = None if state is None else check_state(state, rng=rng)
         if save_every is not None and not callable(save_every):
