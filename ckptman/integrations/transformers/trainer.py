@@ -145,6 +145,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         own = session.of_this_rank(self.args.process_index)
         if own is not None:
             put_back_loss(self, own)
+            put_back_streams(own)  # the Trainer asks for them later, but not where no step is left to train
         if session.best_step is not None:
             self.state.best_model_checkpoint = session.name_of_best()
 
