@@ -36,7 +36,7 @@ DAMAGES: dict[str, Damage] = {
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a plain Trainer wrote: a whole model, an adapter, and a model in shards; ``checkpoint-2`` and ``-4`` each."""
+    """What a plain Trainer wrote at steps 2 and 4: a whole model, an adapter, and a model in shards."""
     home = tmp_path_factory.mktemp("outputs")
     for name, model in (("whole", gpt), ("adapter", lora)):
         job = Job(output=str(home / name), model=model, trainer=Trainer, options={"max_steps": 4})

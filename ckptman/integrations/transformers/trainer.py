@@ -78,7 +78,8 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             refuse_arguments(given)  # before the Trainer talks to anybody
         if keep is not None and not isinstance(keep, Keep):
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
-        self._ckptman_root = open_storage(root) if not isinstance(root, str | os.PathLike) else os.fspath(root)
+        open_storage(root)  # raises for what is no root
+        self._ckptman_root = os.fspath(root) if isinstance(root, os.PathLike) else root
         self._ckptman_keep = keep
         self._ckptman_resume = check_resume(resume)
         self._ckptman_lock_timeout = lock_timeout
@@ -154,6 +155,13 @@ class CkptmanMixin(Base):  # type: ignore[misc]
     def _ckptman_is_ours(self, checkpoint: str | None) -> bool:
         session = self._ckptman_session
         return session is not None and checkpoint is not None and checkpoint == session.directory
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # a run that was killed after its last save; the Trainer would train one step more before it looks
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         session = self._ckptman_session
