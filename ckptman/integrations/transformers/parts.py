@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import torch
 from transformers import Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
@@ -57,10 +58,14 @@ def trainer_values(trainer: Trainer) -> dict[str, Any]:
 
 
 def rank_values(trainer: Trainer) -> dict[str, Any]:
-    """What is this process's own: its random streams, and the loss since the last log."""
+    """What is this process's own, in plain values: its random streams, and the loss since the last log."""
     loss = getattr(trainer, "_tr_loss", None)
+    streams = snapshot()
+    devices = {name: [_plain(state) for state in states] for name, states in streams.devices.items()}
     return {
-        "rng": msgspec.structs.asdict(snapshot()),
+        "rng": msgspec.structs.asdict(
+            msgspec.structs.replace(streams, torch=_plain(streams.torch), devices=devices),
+        ),
         "loss": 0.0 if loss is None else loss.item(),
         "logged_at": getattr(trainer, "_globalstep_last_logged", trainer.state.global_step),
     }
@@ -68,7 +73,17 @@ def rank_values(trainer: Trainer) -> dict[str, Any]:
 
 def put_back_streams(values: dict[str, Any]) -> None:
     """Make the random streams of this process continue from what `rank_values` took."""
-    put_back(msgspec.convert(values["rng"], GlobalStreams))
+    streams = msgspec.convert(values["rng"], GlobalStreams)
+    devices = {name: [_state(plain) for plain in states] for name, states in streams.devices.items()}
+    put_back(msgspec.structs.replace(streams, torch=_state(streams.torch), devices=devices))
+
+
+def _plain(state: torch.Tensor) -> bytes:
+    return state.cpu().numpy().tobytes()
+
+
+def _state(plain: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(plain), dtype=torch.uint8)
 
 
 def put_back_loss(trainer: Trainer, values: dict[str, Any]) -> None:
