@@ -16,17 +16,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptman.integrations.transformers.callback import CkptmanCallback, fetch
     from ckptman.integrations.transformers.directory import find_last_checkpoint
     from ckptman.integrations.transformers.trainer import CkptmanMixin, CkptmanSeq2SeqTrainer, CkptmanTrainer
 
 _HOME_OF = {
+    "CkptmanCallback": "callback",
     "CkptmanMixin": "trainer",
     "CkptmanSeq2SeqTrainer": "trainer",
     "CkptmanTrainer": "trainer",
+    "fetch": "callback",
     "find_last_checkpoint": "directory",
 }
 
-__all__ = ["CkptmanMixin", "CkptmanSeq2SeqTrainer", "CkptmanTrainer", "find_last_checkpoint"]
+__all__ = [
+    "CkptmanCallback",
+    "CkptmanMixin",
+    "CkptmanSeq2SeqTrainer",
+    "CkptmanTrainer",
+    "fetch",
+    "find_last_checkpoint",
+]
 
 
 def __getattr__(name: str) -> object:
