@@ -135,7 +135,9 @@ class Job:
 def outcome(trainer: Any) -> dict[str, Any]:
     """Where the run ended, and the digests of all that must be equal in a run that was never interrupted."""
     state = trainer.state
-    history = [{key: value for key, value in entry.items() if not key.endswith(TIMINGS)} for entry in state.log_history]
+    history = [
+        {key: value for key, value in sorted(entry.items()) if not key.endswith(TIMINGS)} for entry in state.log_history
+    ]
     streams = [random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()]
     return {
         "began": trainer._initial_global_step,
