@@ -15,7 +15,6 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-pytest.importorskip("ckptman.coordinator", reason="the manager refuses many ranks")
 
 from crash.accidents import Child
 from hugging_face_job import Job, gpt, listed, lora, outcome

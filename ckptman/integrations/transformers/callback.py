@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from ckptman.coordinator import Solo
 from ckptman.errors import FormatError, SaveFailed
 from ckptman.integrations.transformers.parts import metrics_of
 from ckptman.integrations.transformers.ranks import Ranks
@@ -54,12 +55,20 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         lock_timeout: float = 60.0,
     ) -> None:
         self._files: dict[str, np.ndarray] = {}
-        self._manager = CheckpointManager(root, {FILES: self._files}, keep=keep, rng=False, lock_timeout=lock_timeout)
+        self._ranks: Ranks | None = None
+        self._manager = CheckpointManager(
+            root, {FILES: self._files}, keep=keep, rng=False, lock_timeout=lock_timeout, coordinator=Solo()
+        )
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Meet the other ranks."""
+        self._ranks = Ranks()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *rest: Any, **more: Any) -> None:
         """Copy what was just saved. Raises as ``CheckpointManager.save``."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        ranks = Ranks(args.device)
+        ranks = self._ranks
+        assert ranks is not None
         ranks.together(lambda: None)  # each rank has written its random state
         ranks.together(lambda: self._copy(folder, state) if ranks.is_first else None)
 
@@ -78,8 +87,10 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
             self._files.clear()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Let go of the root."""
+        """Let go of the root and of the ranks."""
         self._manager.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
 
 def fetch(
@@ -106,7 +117,7 @@ def fetch(
         FormatError: The checkpoint is none of `CkptmanCallback`, or names a file outside of it.
     """
     files: dict[str, np.ndarray] = {}
-    with CheckpointManager(root, {FILES: files}, rng=False) as manager:
+    with CheckpointManager(root, {FILES: files}, rng=False, coordinator=Solo()) as manager:
         latest = manager.latest() if which == "latest" else None
         if latest is not None and FILES not in latest.components:
             raise FormatError(f"{manager.root} has no copies of directories: CkptmanTrainer resumes from it by itself")

@@ -11,10 +11,8 @@ import json
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-from torch import distributed
-
 from ckptman import errors
+from ckptman.coordinator import current
 from ckptman.errors import CkptmanError
 
 Result = TypeVar("Result")
@@ -22,16 +20,15 @@ Result = TypeVar("Result")
 
 class Ranks:
     """
-    All processes of the run; *device* is where their backend takes tensors from.
+    All processes of the run, as ``torch.distributed`` knows them.
 
-    Every method is collective: each rank has to call it, in the same order.
+    Every method but `close` is collective: each rank has to call it, in the same order, or all raise `RankLost`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        is_one_of_many = distributed.is_available() and distributed.is_initialized()
-        self.count = distributed.get_world_size() if is_one_of_many else 1
-        self.rank = distributed.get_rank() if is_one_of_many else 0
+    def __init__(self) -> None:
+        self._coordinator = current(None)
+        self.count = self._coordinator.world_size
+        self.rank = self._coordinator.rank
 
     @property
     def is_first(self) -> bool:
@@ -40,19 +37,11 @@ class Ranks:
 
     def exchange(self, mine: bytes) -> list[bytes]:
         """What each rank has to say, by rank."""
-        if self.count == 1:
-            return [mine]
-        sizes = [int(size.item()) for size in self._gathered(torch.tensor([len(mine)]))]
-        padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
-        padded[: len(mine)] = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)]
-        parts = self._gathered(padded)
-        return [part[:size].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+        return self._coordinator.agree(mine)
 
-    def _gathered(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        there = mine.to(self._device)
-        parts = [torch.empty_like(there) for _ in range(self.count)]
-        distributed.all_gather(parts, there)
-        return [part.cpu() for part in parts]
+    def close(self) -> None:
+        """Leave; whoever waits for this rank from now on gets `RankLost`."""
+        self._coordinator.close()
 
     def together(self, act: Callable[[], Result]) -> Result:
         """

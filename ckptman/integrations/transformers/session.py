@@ -12,6 +12,7 @@ from typing import Any, Self, cast
 import torch
 from transformers import Trainer
 
+from ckptman.coordinator import Solo
 from ckptman.format.values import from_json, to_json
 from ckptman.integrations.transformers.choosing import BEST, Resume, choose
 from ckptman.integrations.transformers.parts import Held, metrics_of, rank_values, trainer_values
@@ -40,9 +41,9 @@ class Session:
         best_step: The checkpoint of the best model so far.
     """
 
-    def __init__(self, storage: Storage, ranks: Ranks, *, resume: Resume, keep: Keep, lock_timeout: float) -> None:
+    def __init__(self, storage: Storage, *, resume: Resume, keep: Keep, lock_timeout: float) -> None:
         self._storage = storage
-        self._ranks = ranks
+        self._ranks = Ranks()
         self._keep = keep
         self._lock_timeout_s = lock_timeout
         self._manager: CheckpointManager | None = None
@@ -51,15 +52,21 @@ class Session:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.directory: str | None = None
         self.best_step: int | None = None
-        self.step = ranks.on_first(lambda: choose(storage, resume))
-        if self.step is not None:
-            ranks.together(self._peek)
+        try:
+            self.step = self._ranks.on_first(lambda: choose(storage, resume))
+            if self.step is not None:
+                self._ranks.together(self._peek)
+        except BaseException:
+            self._leave()
+            raise
 
     def _peek(self) -> None:
         """Read the Trainer's own state, and nothing else, of the checkpoint that will be restored."""
         assert self.step is not None
         held = Held(dict)
-        with CheckpointManager(self._storage, {"trainer": held}, rng=False, limits=_READING) as reader:
+        with CheckpointManager(
+            self._storage, {"trainer": held}, rng=False, limits=_READING, coordinator=Solo()
+        ) as reader:
             reader.restore(self.step, only={"trainer"})
         assert held.value is not None
         self.best_step = held.value["best_step"]
@@ -91,6 +98,7 @@ class Session:
             keep=self._keep,
             rng=False,
             lock_timeout=self._lock_timeout_s,
+            coordinator=Solo(),  # the first rank saves alone, and each restores for itself
             limits=Limits() if self._ranks.is_first else _READING,
         )
 
@@ -199,8 +207,12 @@ class Session:
             elif self._manager is not None:  # the other ranks are elsewhere: nothing is agreed any more
                 self._manager.__exit__(kind, error, trace)
         finally:
-            if self._folder is not None:
-                self._folder.cleanup()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._ranks.close()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -13,7 +13,6 @@ from ckptman.errors import IntegrityError
 from ckptman.integrations.transformers.choosing import WORDS, Resume, check_resume
 from ckptman.integrations.transformers.directory import faults
 from ckptman.integrations.transformers.parts import put_back_loss, put_back_streams
-from ckptman.integrations.transformers.ranks import Ranks
 from ckptman.integrations.transformers.refusals import refuse_arguments, refuse_trainer
 from ckptman.integrations.transformers.session import Session
 from ckptman.repository import keep as keep_rules
@@ -135,8 +134,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         keep = self._ckptman_keep
         if keep is None:
             keep = keep_rules.last(limit) if limit and limit > 0 else keep_rules.everything
-        ranks = Ranks(self.args.device)
-        return Session(open_storage(root), ranks, resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
+        return Session(open_storage(root), resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
 
     def _ckptman_on_train_begin(self) -> None:
         """The Trainer has made everything, and has reset its counters of the loss."""
