@@ -19,6 +19,7 @@ import torch
 from ckptman.errors import CheckpointNotFound, FormatError, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.format.names import check_component
+from ckptman.integrations.files import drop, named
 from ckptman.manager import CheckpointManager
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
@@ -32,9 +33,6 @@ from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 
 DOCUMENT = "document"
-
-named = Keep(lambda history: frozenset(one.step for one in history if one.tags))
-"""Keep what has a name. A name that moved to a newer checkpoint thus lets the older one go, in the same commit."""
 
 
 class Part:
@@ -112,20 +110,8 @@ class Documents:
         return self._manager
 
     def drop(self, tag: str) -> None:
-        """
-        Take the name *tag* away, and delete the checkpoint that had it unless it has other names. Waits first for what
-        is under way, and deletes nothing if that failed.
-
-        Raises:
-            SaveFailed, Fenced, CommitUnknown: A save failed; nothing was deleted.
-        """
-        manager = self._manager_of(self._parts or {DOCUMENT: Part({})})
-        manager.wait()
-        for checkpoint in manager.checkpoints():
-            if checkpoint.tags == (tag,):
-                manager.delete(checkpoint.step)
-            elif tag in checkpoint.tags:
-                manager.untag(checkpoint.step, tag)
+        """Let the checkpoint with the name *tag* go, as `files.drop` does."""
+        drop(self._manager_of(self._parts or {DOCUMENT: Part({})}), tag)
 
     def wait(self) -> None:
         """Wait until nothing is under way. Raises what a save failed with that nobody has collected."""

@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import Strategy
 
 from ckptman.errors import CkptmanError
 from ckptman.format.names import check_metric
-from ckptman.integrations.lightning.paths import resume_path, split, tag_of, tags
+from ckptman.integrations.files import tag_of
+from ckptman.integrations.lightning.paths import resume_path, split, tags
 from ckptman.integrations.lightning.plugin import CkptmanCheckpointIO
 from ckptman.integrations.lightning.random_streams import TrainerStreams
 

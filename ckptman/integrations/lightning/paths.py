@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 
-from ckptman.format.names import Attempt, check_tag
+from ckptman.format.names import Attempt
+from ckptman.integrations.files import tag_of
 from ckptman.repository.repository import Repository, Which
 from ckptman.storage.opening import open_storage
 
 MARK = "ckptman.json"
-
-_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 def split(path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -23,15 +20,6 @@ def split(path: str | os.PathLike[str]) -> tuple[str, str]:
         return root, name
     root, name = os.path.split(os.path.abspath(text))  # noqa: PTH100 - as Lightning itself compares paths
     return root, name
-
-
-def tag_of(name: str) -> str:
-    """The tag for a file called *name*: itself where that can be a tag, else a likeness and a digest of it."""
-    try:
-        return check_tag(name)
-    except ValueError:
-        likeness = _UNFIT.sub("-", name).strip("-._")[:50]
-        return f"{likeness or 'file'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def locate(path: str | os.PathLike[str]) -> tuple[str, Which] | None:

@@ -9,7 +9,8 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 
 from ckptman.integrations.documents import Documents, read
-from ckptman.integrations.lightning.paths import locate, split, tag_of
+from ckptman.integrations.files import tag_of
+from ckptman.integrations.lightning.paths import locate, split
 from ckptman.repository.repository import Repository
 from ckptman.storage.opening import open_storage
 
