@@ -6,9 +6,11 @@ Train with Ray Train. A worker that dies is started again by Ray, and goes on; s
 
 import argparse
 import os
+import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +21,8 @@ def train_loop(config: dict[str, object]) -> None:
     from ckptman.integrations.ray import report, restore
 
     torch.set_num_threads(1)
+    random.seed(0)
+    np.random.seed(0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
