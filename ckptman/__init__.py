@@ -6,7 +6,7 @@ The house, from the ground up; a module imports only from floors below its own:
     7  guests     cli/ | demo/ | testing/
     6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
     5  motion     pipeline/                    stage → write, read → place
-    4  torch      state/                       live objects ↔ leaves
+    4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
     3  rules      repository/                  what exists, and who may change it
     2  meaning    format/                      what bytes mean (pure)
     1  ground     storage/                     bytes by key
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         LockError,
         LockTimeout,
         Preempted,
+        RankLost,
         SaveFailed,
         StateMismatch,
         StorageError,
@@ -49,7 +50,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ckptman.errors": (
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
-        "LockTimeout", "Preempted", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
+        "LockTimeout", "Preempted", "RankLost", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
     ),
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
@@ -76,6 +77,7 @@ __all__ = [
     "LockTimeout",
     "PendingSave",
     "Preempted",
+    "RankLost",
     "SaveFailed",
     "Skipped",
     "StateMismatch",

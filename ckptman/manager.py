@@ -7,14 +7,14 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import torch
-
+from ckptman.coordinator import Coordinator, RankLost, Solo, current
 from ckptman.errors import (
     CheckpointNotFound,
     CkptmanError,
@@ -25,13 +25,19 @@ from ckptman.errors import (
 )
 from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
 from ckptman.format.catalog import Entry
+from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.engine import Engine, Source
+from ckptman.pipeline.loss import failure as failure_of
+from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import fill
-from ckptman.pipeline.saving import Job, Saved, write_checkpoint
+from ckptman.pipeline.recall import all_damaged, recall
+from ckptman.pipeline.saving import Begun, Job, name_attempt, write_checkpoint
+from ckptman.pipeline.sharing import Attempted, Sharing
+from ckptman.pipeline.together import Turn, failed
 from ckptman.preemption import Notices
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
@@ -40,9 +46,9 @@ from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
 from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
 from ckptman.schedule import Schedule
-from ckptman.state.capture import capture
+from ckptman.state.capture import Captured, capture
 from ckptman.state.kinds import check_state
-from ckptman.state.restore import prepare
+from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 from ckptman.types import Checkpoint, Skipped
@@ -78,9 +84,12 @@ class CheckpointManager:
         rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
         lock_timeout: Seconds to wait for another writer to go away.
         limits: Memory, threads, and saves at a time: see `Limits`.
+        coordinator: How the ranks of a job talk to each other. None: ``torch.distributed`` where it is initialised with
+            several ranks, else this process is alone.
         hooks: Called with every event.
 
-    Use it from one thread, in one process: in a job of several ranks, on one of them.
+    Use it from one thread. In a job of several ranks every rank opens one, with its part of the state, and all call
+    ``save``, ``maybe_save``, ``restore``, ``tag``, ``untag``, ``delete`` and ``close`` in the same order.
 
     Raises:
         TypeError, ValueError: An argument is wrong. Nothing was read or written.
@@ -96,6 +105,7 @@ class CheckpointManager:
         overlap: bool = False,
         rng: bool = True,
         lock_timeout: float = 60.0,
+        coordinator: Coordinator | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
     ) -> None:
@@ -108,8 +118,8 @@ class CheckpointManager:
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
-        if self._state is not None:
-            _refuse_ranks()
+        self._ranks = Ranks(Solo() if self._state is None else current(coordinator))
+        self._sharing = Sharing(self._ranks)
         self._save_every = save_every
         self._keep = keep
         self._rng = rng
@@ -196,45 +206,91 @@ class CheckpointManager:
         json_metrics = metrics_to_json(metrics)
         checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
         check_step(step)
-        self._engine.admit(block=block)
+        self._engine.admit(block=block or self._ranks.are_many)
         failure = self._background.uncollected()
-        if failure is not None:
-            if not preempted:
-                raise failure
+        if failure is not None and preempted:
             _log.error("an earlier save failed, and this process is about to end: saving step %d all the same", step)
-        owner = self._own_to_save(step)
-        captured = capture(state, rng=self._rng)
-        job = Job(
-            step=step,
-            created_at=created_at,
-            metrics=json_metrics,
-            tags=checked_tags,
-            preempted=preempted,
-            captured={name: replace(part, leaves=()) for name, part in captured.items()},
-            keep=self._keep,
-        )
-        attempts = {entry.attempt for entry in owner.newest.checkpoints}
+            failure = None
+
+        def job_of(captured: Mapping[str, Captured]) -> Job:
+            return Job(
+                step=step,
+                created_at=created_at,
+                metrics=json_metrics,
+                tags=checked_tags,
+                preempted=preempted,
+                captured={name: replace(part, leaves=()) for name, part in captured.items()},
+                keep=self._keep,
+            )
+
+        begun = (self._begin_together if self._ranks.are_many else self._begin_alone)(state, job_of, step, failure)
         self._last_save_at = time.monotonic()
-        if not block:
+        try:
+            if block:
+                future: Future[Checkpoint] = Future()
+                write = lambda source: self._write(begun, source, began)  # noqa: E731
+                future.set_result(self._engine.save_now(write, begun.captured, begun.attempts))
+                return PendingSave(step, future, time.monotonic() - began)
             return self._engine.save_behind(
-                lambda source: self._write(owner, job, source, began),
-                captured,
-                attempts,
+                lambda source: self._write(begun, source, began),
+                begun.captured,
+                begun.attempts,
                 step=step,
                 began=began,
                 on_staged=lambda nbytes, stall_s: self._emit(
                     Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s)
                 ),
             )
-        future: Future[Checkpoint] = Future()
-        future.set_result(
-            self._engine.save_now(lambda source: self._write(owner, job, source, began), captured, attempts)
-        )
-        return PendingSave(step, future, time.monotonic() - began)
+        except BaseException as error:
+            begun.abandon(error)
+            raise
 
-    def _write(self, owner: Ownership, job: Job, source: Source, began: float) -> Checkpoint:
+    def _begin_alone(
+        self,
+        state: Mapping[str, object],
+        job_of: Callable[[Mapping[str, Captured]], Job],
+        step: int,
+        failure: BaseException | None,
+    ) -> Begun:
+        if failure is not None:
+            raise failure
+        owner = self._own_to_save(step)
+        captured = capture(state, rng=self._rng)
+        job = job_of(captured)
+        attempts = {entry.attempt for entry in owner.newest.checkpoints}
+        return Begun(job, captured, attempts, lambda source: write_checkpoint(owner, job, source), lambda _: None)
+
+    def _begin_together(
+        self,
+        state: Mapping[str, object],
+        job_of: Callable[[Mapping[str, Captured]], Job],
+        step: int,
+        failure: BaseException | None,
+    ) -> Begun:
+        def captured_here() -> Mapping[str, Captured]:
+            if failure is not None:
+                raise failure
+            try:
+                return capture(state, rng=self._rng)
+            except Exception as error:
+                raise failed(step, error) from error
+
+        def named() -> Attempted:
+            owner = self._own_to_save(step)
+            attempts = [entry.attempt for entry in owner.newest.checkpoints]
+            return Attempted(attempt=name_attempt(owner, step), after=owner.newest.number, attempts=attempts)
+
         try:
-            saved: Saved = write_checkpoint(owner, job, source)
+            captured, shared = self._sharing.begin(step, captured_here, named)
+        except RankLost as lost:
+            raise failure_of(step, lost) from lost
+        turn = Turn(self._ranks, self._storage, self._owner, job_of(captured), shared)
+        return Begun(turn.job, shared.mine, shared.attempts, turn.write, turn.abandon)
+
+    def _write(self, begun: Begun, source: Source, began: float) -> Checkpoint:
+        job = begun.job
+        try:
+            saved = begun.write(source)
         except BaseException as error:
             self._emit(SaveErred(root=self.root, step=job.step, error=error))
             raise
@@ -308,9 +364,12 @@ class CheckpointManager:
         began = time.monotonic()
         self._background.drain()
         with self._engine.paused():
-            checkpoint = (
-                self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
-            )
+            if self._ranks.are_many:
+                checkpoint = self._restore_together(which, only, strict)
+            elif which == "latest":
+                checkpoint = self._restore_latest(only, strict)
+            else:
+                checkpoint = self._restore_one(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
@@ -335,40 +394,73 @@ class CheckpointManager:
             except IntegrityError as error:
                 entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
                 if entry in entries:
-                    skipped[entry.attempt] = self._pass_over(entry, error)
+                    skipped[entry.attempt] = self._pass_over(entry.step, str(error))
                 continue
             return replace(checkpoint, skipped=tuple(skipped.values()))
         if not skipped:
             return None
-        reasons = "; ".join(f"step {one.step}: {one.reason}" for one in skipped.values())
-        raise IntegrityError(
-            f"all {len(skipped)} checkpoints of {self.root} are damaged, and none was restored: {reasons}. "
-            "'ckptman verify' lists all damage; use another root to start afresh"
-        )
+        raise all_damaged([(one.step, one.reason) for one in skipped.values()], self.root)
 
-    def _pass_over(self, entry: Entry, error: CkptmanError) -> Skipped:
+    def _restore_together(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
+        def load(entry: Entry, manifest: Manifest) -> Checkpoint:
+            return self._load_together(entry, manifest, only, strict)
+
+        try:
+            checkpoint, skipped = recall(
+                self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
+            )
+        except RankLost as lost:
+            raise CkptmanError(f"restoring {which!r} from {self.root} was given up: {lost}") from lost
+        return None if checkpoint is None else replace(checkpoint, skipped=skipped)
+
+    def _pass_over(self, step: int, reason: str) -> Skipped:
         warnings.warn(
-            f"step {entry.step} of {self.root} is damaged and was passed over for an older one: {error}",
+            f"step {step} of {self.root} is damaged and was passed over for an older one: {reason}",
             DamagedCheckpointWarning,
             stacklevel=4,
         )
-        self._emit(Damaged(root=self.root, step=entry.step, reason=str(error)))
-        return Skipped(step=entry.step, reason=str(error))
+        self._emit(Damaged(root=self.root, step=step, reason=reason))
+        return Skipped(step=step, reason=reason)
 
     def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
-        assert self._state is not None
         manifest = self._repository.manifest(entry)
-        restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
-        before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
-        try:
+        restoration = self._prepare(manifest, only, strict)
+        with self._half_restoring(entry, restoration):
             fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)
             values = restoration.finish()
+        self._engine.borrowing.restored(manifest, restoration.targets.keys())
+        return replace(self._repository.checkpoint(entry), values=values)
+
+    def _load_together(
+        self, entry: Entry, manifest: Manifest, only: Collection[str] | None, strict: bool
+    ) -> Checkpoint:
+        """As ``_load``, on all ranks: each of the three steps is begun once all have done the one before."""
+        found: list[Restoration] = []
+        values: list[dict[str, object]] = []
+        threads = self._limits.io_threads
+        self._ranks.do(lambda: found.append(self._prepare(manifest, only, strict)))
+        with self._half_restoring(entry, found[0]):
+            self._ranks.do(lambda: fill(self._storage, manifest, found[0].targets, threads=threads))
+            self._ranks.do(lambda: values.append(found[0].finish()))
+        self._engine.borrowing.restored(manifest, found[0].targets.keys())
+        return replace(self._repository.checkpoint(entry), values=values[0])
+
+    def _prepare(self, manifest: Manifest, only: Collection[str] | None, strict: bool) -> Restoration:
+        assert self._state is not None
+        ranks = self._ranks
+        return prepare(
+            self._state, manifest, only=only, strict=strict, rng=self._rng, rank=ranks.rank, world_size=ranks.world_size
+        )
+
+    @contextmanager
+    def _half_restoring(self, entry: Entry, restoration: Restoration) -> Iterator[None]:
+        before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
+        try:
+            yield
         except Exception as error:
             self._half_restored = f"restoring step {entry.step} failed: {error}"
             raise
         self._half_restored = None if restoration.is_complete else before
-        self._engine.borrowing.restored(manifest, restoration.targets.keys())
-        return replace(self._repository.checkpoint(entry), values=values)
 
     # ------------------------------------------------------------------ looking
 
@@ -421,7 +513,10 @@ class CheckpointManager:
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
         self._background.drain()
-        self._own().commit(change, what)
+        if self._ranks.are_many:
+            self._ranks.do(lambda: self._ranks.rank or self._own().commit(change, what))
+        else:
+            self._own().commit(change, what)
 
     # ------------------------------------------------------------------ draining
 
@@ -451,6 +546,7 @@ class CheckpointManager:
         self._engine.close()
         if self._owner is not None:
             self._owner.release()
+        self._ranks.close()
         self._raise_uncollected()
 
     def __enter__(self) -> Self:
@@ -478,12 +574,3 @@ class CheckpointManager:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
-
-
-def _refuse_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"torch.distributed runs {distributed.get_world_size()} ranks, and this version of ckptman saves from one "
-            "process only: open the manager on one rank, with a state that is whole there"
-        )

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from ckptman.coordinator import Solo
 from ckptman.errors import CheckpointNotFound, FormatError, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.format.names import check_component
@@ -104,7 +105,13 @@ class Documents:
         # without prefault: a save that blocks, as most of a framework's do, takes no staging memory
         limits = Limits(prefault=False)
         self._manager = CheckpointManager(
-            self._root, parts, keep=self._keep, rng=False, lock_timeout=self._lock_timeout_s, limits=limits
+            self._root,
+            parts,
+            keep=self._keep,
+            rng=False,
+            lock_timeout=self._lock_timeout_s,
+            limits=limits,
+            coordinator=Solo(),  # a document is whole on the rank that the framework lets save
         )
         self._parts = parts
         return self._manager
