@@ -19,9 +19,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from ckptman.errors import CommitUnknown, Fenced, IntegrityError, LockError
 from ckptman.events import Event, Mirrored, MirrorErred
@@ -57,6 +57,7 @@ class Mirror:
         keep: What to retain there. The default deletes nothing there, whatever the first root drops.
         close_timeout: Seconds that closing the manager waits for the newest checkpoint to arrive. It waits no longer
             once a try has failed, and not at all after a preemption notice.
+        storage_options: As those of the manager, for this root.
 
     Raises:
         TypeError, ValueError: An argument is wrong.
@@ -66,6 +67,7 @@ class Mirror:
     _: KW_ONLY
     keep: Keep = keep_rules.everything
     close_timeout: float = 600.0
+    storage_options: Mapping[str, object] | None = field(default=None, repr=False)  # there may be secrets in it
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Keep):
@@ -96,7 +98,7 @@ class Mirroring:
         *,
         pause_s: float = FIRST_PAUSE_S,
     ) -> None:
-        self.storage = open_storage(mirror.root)
+        self.storage = open_storage(mirror.root, storage_options=mirror.storage_options)
         if self.storage.identity == source.identity:
             raise ValueError(f"{source.url} cannot be the mirror of itself")
         self._source = source
