@@ -81,7 +81,12 @@ def serve(folder: Path) -> Iterator[S3Server]:
         "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    unable = {
+        "name": "unable-to-list",
+        "credentials": [{"accessKey": f"{ACCESS}-2", "secretKey": SECRET}],
+        "actions": [f"Read:{BUCKET}", f"Write:{BUCKET}"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, unable]}))
     (folder / "data").mkdir()
     names = ("s3", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance", "master", "master.port.grpc", "volume")
     names += ("volume.port.grpc", "filer", "filer.port.grpc", "webdav")
