@@ -61,6 +61,9 @@ class Driver(Protocol):
 
     def delete(self, path: str) -> None: ...
 
+    def remove_folder(self, folder: str) -> None:
+        """Remove what is left of *folder* after its last object, if it is empty."""
+
     def swap(self, path: str, data: bytes, expected: str) -> None: ...
 
     def remove_stale(self, root: str, prefix: str) -> None:
@@ -130,6 +133,9 @@ class AnyDriver:
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
+
+    def remove_folder(self, folder: str) -> None:
+        """Nothing: most drivers have no folders, and an empty one does no harm."""
 
     def swap(self, path: str, data: bytes, expected: str) -> None:
         raise NotImplementedError(f"{path!r}: fsspec cannot compare and swap")
