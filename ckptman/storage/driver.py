@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, Protocol, cast
 
 from ckptman.errors import StorageError
@@ -54,6 +55,9 @@ class Driver(Protocol):
     def get_into(self, path: str, start: int, into: memoryview) -> int: ...
 
     def size(self, path: str) -> int: ...
+
+    def modified_at(self, path: str) -> datetime:
+        """When the object was created, by the server's clock."""
 
     def walk(self, folder: str) -> Iterator[tuple[str, int]]: ...
 
@@ -118,6 +122,9 @@ class AnyDriver:
         if found["type"] != "file":
             raise FileNotFoundError(path)
         return int(found["size"])
+
+    def modified_at(self, path: str) -> datetime:
+        return cast(datetime, self._fs.modified(path))
 
     def walk(self, folder: str) -> Iterator[tuple[str, int]]:
         with suppress(FileNotFoundError):

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -172,6 +173,11 @@ class ObjectStorage:
         """Bytes stored under *key*. Raises `KeyMissing`."""
         check_key(key)
         return self._try("read", key, lambda driver: driver.size(self._path(key)))
+
+    def modified_at(self, key: str) -> datetime:
+        """When *key* was created, in UTC, by the server's clock and as exactly as it tells. Or `KeyMissing`."""
+        told = self._try("look at", check_key(key), lambda driver: driver.modified_at(self._path(key)))
+        return told.astimezone(UTC) if told.tzinfo else told.replace(tzinfo=UTC)
 
     def listing(self, folder: str) -> list[Stored]:
         """Every key below *folder*, sorted: one request for each thousand."""

@@ -146,6 +146,9 @@ class S3Driver:
     def size(self, path: str) -> int:
         return int(self.wait(self.begin("head_object", path))["ContentLength"])
 
+    def modified_at(self, path: str) -> datetime:
+        return cast(datetime, self.wait(self.begin("head_object", path))["LastModified"])
+
     def walk(self, folder: str) -> Iterator[tuple[str, int]]:
         bucket = _bucket(folder)
         for page in self._pages(f"{folder}/"):
