@@ -3,7 +3,7 @@ ckptman: save, be killed, resume — bit for bit.
 
 The house, from the ground up; a module imports only from floors below its own:
 
-    7  guests     cli/ | demo/ | testing/      doctor/ is what cli/ measures a storage with
+    7  guests     cli/ | demo/ | integrations/ | testing/      doctor/ is what cli/ measures a storage with
     6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
     5  motion     pipeline/                    stage → write, read → place
     4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/

@@ -330,6 +330,7 @@ def test_a_hook_may_not_close_its_manager(tmp_path: Path) -> None:
     """It would wait for itself: refused, logged, and the mirror goes on."""
     managers: list[CheckpointManager] = []
     raised: list[BaseException] = []
+    was_told = threading.Event()
 
     def close(event: Event) -> None:
         if isinstance(event, Mirrored):
@@ -337,11 +338,13 @@ def test_a_hook_may_not_close_its_manager(tmp_path: Path) -> None:
                 managers[0].close()
             except RuntimeError as error:
                 raised.append(error)
+            was_told.set()
 
     mirror = MemoryStorage()
     with CheckpointManager(tmp_path, {"x": torch.ones(1)}, mirror=mirror, hooks=[close]) as manager:
         managers.append(manager)
         manager.save(1, block=True)
+        assert was_told.wait(WAIT_S)
     assert len(raised) == 1
     assert steps(mirror) == [1]
 

@@ -25,6 +25,7 @@ from ckptman.storage.base import Storage
 from ckptman.storage.local import LocalStorage
 from ckptman.storage.memory import MemoryStorage
 from ckptman.testing.faults import Fault, FaultySystem, Killed, Moment, die, fail
+from ckptman.testing.power_loss import RecordingSystem, crash_states
 
 FROZEN_NBYTES = 5 << 18
 STEPS = (10, 20, 30)
@@ -440,6 +441,36 @@ def test_on_a_storage_that_shows_whole_files_only_the_last_one_counts(source: Lo
     copy_all(source, target)
     assert target.begun == ["frozen.safetensors", "model.safetensors", *["model.safetensors"] * 3]
     assert_intact(target)
+
+
+def test_no_power_loss_takes_or_tears_a_copy(tmp_path: Path) -> None:
+    """Of a copying that died and one that went on with its files: whatever the disk kept, what is listed is whole."""
+    source = MemoryStorage()
+    with CheckpointManager(source, {"a": torch.rand(9), "b": torch.rand(9)}, rng=False) as manager:
+        for step in (1, 2):
+            manager.save(step, block=True)
+    calls = run(source, tmp_path / "counting", None).calls
+    at = next(n for n, c in enumerate(calls, 1) if c.name == "fsync" and c.path.endswith("b.safetensors"))
+    recording = RecordingSystem(tmp_path)
+    with pytest.raises(Killed):
+        copy_all(source, LocalStorage(tmp_path / "target", system=FaultySystem(die(at), inner=recording)))
+    forget_owner()
+    target = LocalStorage(tmp_path / "target", system=recording)
+    copying = begin(source, target, timeout_s=0)
+    for entry in entries(source):
+        copying.copy(entry, entries(source))
+        recording.mark(str(entry.step))
+    copying.tidy()
+    copying.release()
+    borrows = [key.partition("/")[2] for entry in entries(target) for key in entry.borrows]
+    states = 0
+    for state in crash_states(recording.journal, seed=0, limit_per_prefix=64):
+        left = state.storage("target")
+        assert_intact(left)
+        assert [str(step) for step in steps(left)][: len(state.acknowledged)] == list(state.acknowledged)
+        states += 1
+    assert states > 150
+    assert borrows == ["a.safetensors"], "it did go on with what was there, and not with what was never fsynced"
 
 
 def test_a_copying_that_was_overtaken_is_fenced_and_deletes_nothing(source: LocalStorage) -> None:
