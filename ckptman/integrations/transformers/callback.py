@@ -66,9 +66,9 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *rest: Any, **more: Any) -> None:
         """Copy what was just saved. Raises as ``CheckpointManager.save``."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        ranks = self._ranks
-        assert ranks is not None
+        ranks, folder = self._ranks, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if ranks is None:
+            raise ValueError("CkptmanCallback is to be added before train() begins: it meets the other ranks there")
         ranks.together(lambda: None)  # each rank has written its random state
         ranks.together(lambda: self._copy(folder, state) if ranks.is_first else None)
 
@@ -90,6 +90,7 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         """Let go of the root and of the ranks."""
         self._manager.close()
         if self._ranks is not None:
+            self._ranks.part()
             self._ranks.close()
 
 
