@@ -3,7 +3,7 @@ ckptman: save, be killed, resume — bit for bit.
 
 The house, from the ground up; a module imports only from floors below its own:
 
-    7  guests     cli/ | demo/ | integrations/ | testing/
+    7  guests     cli/ | demo/ | integrations/ | testing/      doctor/ is what cli/ measures a storage with
     6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
     5  motion     pipeline/                    stage → write, read → place
     4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptman.coordinator import Coordinator, FilesCoordinator, TorchCoordinator
     from ckptman.errors import (
         CheckpointNotFound,
         CkptmanError,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
+    from ckptman.pipeline.mirroring import Mirror
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ckptman.coordinator": ("Coordinator", "FilesCoordinator", "TorchCoordinator"),
     "ckptman.errors": (
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
         "LockTimeout", "Preempted", "RankLost", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
@@ -55,6 +58,7 @@ _HOMES = {
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.pipeline.mirroring": ("Mirror",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -67,14 +71,17 @@ __all__ = [
     "CheckpointNotFound",
     "CkptmanError",
     "CommitUnknown",
+    "Coordinator",
     "DamagedCheckpointWarning",
     "Every",
     "Fenced",
+    "FilesCoordinator",
     "FormatError",
     "IntegrityError",
     "Limits",
     "LockError",
     "LockTimeout",
+    "Mirror",
     "PendingSave",
     "Preempted",
     "RankLost",
@@ -82,6 +89,7 @@ __all__ = [
     "Skipped",
     "StateMismatch",
     "StorageError",
+    "TorchCoordinator",
     "UnsupportedState",
     "keep",
 ]

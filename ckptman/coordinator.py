@@ -8,17 +8,28 @@ ranks share nothing but the storage.
 from __future__ import annotations
 
 import itertools
+import logging
+import os
+import secrets
 import socket
 from typing import Protocol, Self, runtime_checkable
 
 import torch.distributed as dist
 
 from ckptman.coordination.hub import PATIENCE_S, Hub, host_key
+from ckptman.coordination.jobs import folder_name, place
+from ckptman.coordination.joining import join
+from ckptman.coordination.leftovers import FOLDER, Leftovers
 from ckptman.coordination.life import SILENCE_S, Life
+from ckptman.coordination.storage_board import StorageBoard
 from ckptman.coordination.torch_board import TorchBoard
-from ckptman.errors import RankLost
+from ckptman.errors import RankLost, StorageError
+from ckptman.storage.base import Storage
+from ckptman.storage.opening import open_storage
 
-__all__ = ["Coordinator", "RankLost", "Solo", "TorchCoordinator", "current"]
+__all__ = ["Coordinator", "FilesCoordinator", "RankLost", "Solo", "TorchCoordinator", "current"]
+
+_log = logging.getLogger("ckptman")
 
 
 @runtime_checkable
@@ -145,6 +156,85 @@ class TorchCoordinator(Hub):
         super().__init__(board, life, rank=rank, world_size=dist.get_world_size(), name="main", patience_s=patience_s)
         board.pin(host_key(rank), self.host.encode())
         life.start()
+
+
+class FilesCoordinator(Hub):
+    """
+    Ranks that share nothing but a storage: no process group, no network. They talk through ``ranks/`` in the root.
+
+    The constructor returns once all ranks are there. A rank that comes late is waited for; one that does not come is
+    named. A job that is started again never takes what its predecessor left for its own, even under the same name:
+    see `ckptman.coordination.joining`. ``close`` leaves nothing behind; what killed jobs left is deleted by later ones.
+
+    Every word is a file that is made and listed: some milliseconds on a local disk, a second or two on a bucket. It is
+    for ranks whose training is not coupled by collectives; where there is a process group, take `TorchCoordinator`.
+
+    Example:
+        >>> from ckptman import FilesCoordinator
+        >>> with FilesCoordinator("memory://doc", rank=0, world_size=1, job="sweep-3") as ranks:
+        ...     ranks.agree(b"here")
+        [b'here']
+
+    Args:
+        root: The root of the checkpoints, or any other path, URL or storage that all ranks reach.
+        rank, world_size: Which rank this is, and of how many. None: as torchrun, MPI or SLURM say in the environment.
+        job: A name that all ranks of this job have, and no other job that runs at the same time. None: that of the
+            launcher or the scheduler, with its count of restarts.
+        timeout_s: How long to wait for all ranks to come.
+        silence_s: How long a rank may be silent before it counts as lost.
+        patience_s: How long to wait, later, for a rank that lives and does not come.
+
+    Raises:
+        ValueError: Rank, world size or job are not known.
+        RankLost: Not all ranks came in time.
+        StorageError: The medium failed.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        job: str | None = None,
+        timeout_s: float = 300.0,
+        silence_s: float = 20.0,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        storage = open_storage(root)
+        mine = place(os.environ, rank=rank, world_size=world_size, job=job)
+        self._leftovers = Leftovers(storage) if mine.rank == 0 else None
+        folder = f"{FOLDER}/{folder_name(mine.job)}"
+        nonce = secrets.token_hex(8)
+        session = join(
+            storage,
+            folder,
+            rank=mine.rank,
+            world_size=mine.world_size,
+            nonce=nonce,
+            host=self.host,
+            timeout_s=timeout_s,
+        )
+        self._files = StorageBoard(storage, folder, session)
+        self._files.pin(f"one.{mine.rank}", nonce.encode())  # refuses a second process with this rank
+        life = Life(self._files.connect(), mine.rank, silence_s=silence_s)
+        super().__init__(
+            self._files, life, rank=mine.rank, world_size=mine.world_size, name="main", patience_s=patience_s
+        )
+        self._files.pin(host_key(mine.rank), self.host.encode())
+        life.start()
+
+    def close(self) -> None:
+        """Leave; the last one out deletes what they said. Again: does nothing."""
+        if self._is_closed:
+            return
+        super().close()
+        try:
+            self._files.clear_if_all_left(self.world_size)
+            if self._leftovers is not None:
+                self._leftovers.sweep()
+        except StorageError as error:
+            _log.warning("could not delete what the ranks of this job said to each other: %s", error)
 
 
 def current(coordinator: Coordinator | None) -> Coordinator:

@@ -11,8 +11,8 @@ begins anything else. So the first record above *n* tells:
 raises. Rank 1, which waits for the outcome, is told that rank 2 was lost, and finds that record.
 
 *Rank 0 is killed.* If that was after the commit, the others find the attempt listed. If it was before, nobody would
-ever write the next record. So rank 1 becomes the writer, which is such a record, and from which on rank 0 could not
-commit any more even if it were alive; then it lets go of the root.
+ever write the next record. So the lowest rank that is left becomes the writer, which is such a record, and from which
+on rank 0 could not commit any more even if it were alive; then it lets go of the root.
 
 *Nobody writes one in time* (rank 0 lives, holds the lock, and cannot be reached): `CommitUnknown`.
 """
@@ -22,8 +22,7 @@ from __future__ import annotations
 import contextlib
 import time
 
-from ckptman.coordinator import RankLost
-from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, SaveFailed
+from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, RankLost, SaveFailed
 from ckptman.format.catalog import Entry
 from ckptman.repository.head import read_head
 from ckptman.repository.ownership import Ownership, take
@@ -39,7 +38,7 @@ def give_up(owner: Ownership, step: int, attempt: str, lost: RankLost) -> Ckptma
     """For rank 0: never list *attempt*, and let the others know; return what is to be raised."""
     owner.discard(attempt)
     with contextlib.suppress(CkptmanError):  # then the others will not know, and say so
-        owner.commit(tuple, f"give up step {step}, since rank {lost.rank} was lost")
+        owner.commit(tuple, f"give up step {step}: {lost}"[:200])
     return failure(step, lost)
 
 
@@ -57,11 +56,12 @@ def find_out(storage: Storage, step: int, attempt: str, after: int, lost: RankLo
         CommitUnknown: Nobody can tell.
     """
     ends_at = time.monotonic() + PATIENCE_S
-    is_successor = rank == 1 and lost.rank in (0, None)
+    survivors = (one for one in range(1, rank + 1) if one not in lost.ranks)
+    is_successor = (not lost.ranks or 0 in lost.ranks) and next(survivors, None) == rank
     while True:
         try:
             if is_successor:
-                take(storage, timeout_s=PATIENCE_S / 2, what=f"give up step {step}, since rank 0 was lost").release()
+                take(storage, timeout_s=PATIENCE_S / 2, what=f"give up step {step}: {lost}"[:200]).release()
                 is_successor = False
             entries = _told(storage, after)
         except (LockTimeout, Fenced):

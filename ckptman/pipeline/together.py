@@ -16,8 +16,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ckptman.coordinator import RankLost
-from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, SaveFailed, UnsupportedState
+from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, RankLost, SaveFailed, UnsupportedState
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Component, File, Manifest, Tensor, box_of
 from ckptman.format.names import rank_name

@@ -47,6 +47,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 
@@ -207,6 +208,11 @@ class LocalStorage:
         """Bytes stored under *key*. Asks by opening: NFS may answer from memory otherwise."""
         with self._opened(key) as file:
             return self._system.fstat(file).st_size
+
+    def modified_at(self, key: str) -> datetime:
+        """When *key* was written, in UTC, by the clock of the machine that keeps the filesystem. Or `KeyMissing`."""
+        with self._opened(key) as file:
+            return datetime.fromtimestamp(self._system.fstat(file).st_mtime, UTC)
 
     def listing(self, folder: str) -> list[Stored]:
         """Every key below *folder*, sorted. What vanishes meanwhile is left out, and what has no valid key."""
