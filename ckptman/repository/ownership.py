@@ -35,6 +35,9 @@ Lock = RootLock | Lease
 
 MAX_MARKER_NBYTES = 1 << 16
 
+TAKE_OVER = "take over"
+"""The change of a record that only names a new writer."""
+
 
 class _Marker(msgspec.Struct, kw_only=True):
     format: int
@@ -150,7 +153,8 @@ def take(
     *,
     timeout_s: float,
     change: Change = tuple,
-    what: str = "take over",
+    what: str = TAKE_OVER,
+    sweeps: bool = True,
     mend: Callable[[Storage], str] | None = None,
     on_succession: Callable[[], object] = lambda: None,
     clock: Callable[[], datetime] = utc_now,
@@ -163,6 +167,7 @@ def take(
         timeout_s: Seconds to wait for a writer in another process to go away.
         change: Applied to what exists.
         what: The phrase for the catalog.
+        sweeps: Whether to delete what dead writers left behind.
         mend: For a repair: called under the lock, it mends the root's marker and returns the root's id; and a root
             whose records are all damaged or gone is accepted though it holds checkpoints.
         on_succession: Called when another owner in this process takes over; returns when nothing is under way.
@@ -186,7 +191,8 @@ def take(
     try:
         root = identify(storage)
         record = commit(storage, change, root=root, what=what, writer_for=next_writer, clock=clock)
-        tidy(storage, record, unlisted(storage, record))
+        if sweeps:
+            tidy(storage, record, unlisted(storage, record))
     except BaseException:
         if lock is not None:
             lock.release()

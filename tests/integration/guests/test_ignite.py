@@ -1,0 +1,23 @@
+"""ignite: a run that is killed and started again by the same command ends as if nothing had happened."""
+
+from pathlib import Path
+
+import pytest
+from killing import contents, kill_and_resume
+
+pytest.importorskip("ignite")
+
+COMPONENTS = ["model", "optimizer", "scheduler", "loader", "trainer", "losses", "checkpointer", "rng"]
+KILLS = [47, 72, 99]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_ends_bit_identical(tmp_path: Path) -> None:
+    """Everything that was to be saved, killed at various points of a save, within and between epochs."""
+    control, killed = kill_and_resume("ignite_run.py", tmp_path, KILLS)
+    expected = contents(control, COMPONENTS)
+    assert expected["step"] == 40
+    ended = {kill: contents(root, COMPONENTS) for kill, root in killed.items()}
+    assert {kill: [k for k in expected if end[k] != expected[k]] for kill, end in ended.items()} == {
+        kill: [] for kill in KILLS
+    }
