@@ -231,7 +231,8 @@ def _is_free(name: str, parts: Mapping[str, object]) -> bool:
 
 def _is_weights(value: object) -> TypeGuard[dict[str, torch.Tensor]]:
     return (
-        type(value) in (dict, OrderedDict)
+        isinstance(value, dict)
+        and type(value) in (dict, OrderedDict)
         and all(isinstance(key, str) and key for key in value)
         and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
     )

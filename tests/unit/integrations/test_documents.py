@@ -114,7 +114,7 @@ def test_nothing_is_dropped_for_one_that_failed(tmp_path: Path) -> None:
     shelf.save(document(), 1, tags=["a"])
     first = len(clean.calls)
     shelf.close()
-    faulty = FaultySystem(fail(first + 4, errno.ENOSPC, lasting=True))
+    faulty = FaultySystem(fail(first + 4, errno.ENOSPC))
     shelf = documents(LocalStorage(tmp_path / "full", system=faulty))
     shelf.save(document(), 1, tags=["a"])
     with pytest.raises(CkptmanError):
