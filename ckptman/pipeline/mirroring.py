@@ -31,14 +31,15 @@ from ckptman.repository.copying import Copying, begin
 from ckptman.repository.counterparts import due
 from ckptman.repository.head import read_head
 from ckptman.repository.keep import Keep
+from ckptman.repository.lease import LIFE_S
 from ckptman.repository.repository import checkpoint_of
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 
 _log = logging.getLogger("ckptman")
 
-LOCK_TIMEOUT_S = 1.0
-"""For another writer of the mirror, before it counts as a failure."""
+LOCK_TIMEOUT_S = 1.5 * LIFE_S
+"""For another writer of the mirror, before it counts as a failure: long enough to see that a lease is a dead one's."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Between tries."""

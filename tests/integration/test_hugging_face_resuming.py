@@ -83,6 +83,15 @@ def refused(job: Job, root: Any, resume: Any, error: type[Exception], text: str)
         job.build(root, resume=resume).train()
 
 
+def test_a_root_may_be_in_an_object_store(job: Job, scratch: Path, s3_server: Any) -> None:
+    """With ``storage_options`` for its driver; what lies there is what lies on a disk."""
+    root, options = "s3://bucket/hugging-face", {"storage_options": s3_server.options}
+    whole = job.finish(root, **options)
+    resumed = job.finish(root, resume=4, **options)
+    assert resumed["began"] == 4
+    assert resumed["equal"] == whole["equal"] == job.finish(scratch / "root")["equal"]
+
+
 def test_a_fresh_start_in_an_old_root_is_resumed_itself(job: Job, scratch: Path) -> None:
     """After ``never``, the newest checkpoint is that of the new run, though its number is lower."""
     root = scratch / "root"

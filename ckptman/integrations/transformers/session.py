@@ -204,6 +204,7 @@ class Session:
         try:
             if error is None:
                 self._ranks.together(self.close)
+                self._ranks.part()
             elif self._manager is not None:  # the other ranks are elsewhere: nothing is agreed any more
                 self._manager.__exit__(kind, error, trace)
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             with one of these, with True (``"must"``), False (``"never"``), or the path of a directory that a plain
             Trainer wrote.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: For the driver of a URL such as ``s3://…``: credentials, ``endpoint_url``.
         **kwargs: For the Trainer.
 
     Raises:
@@ -71,6 +73,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         keep: Keep | None = None,
         resume: Resume = "auto",
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
         **kwargs: Any,
     ) -> None:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, TrainingArguments)), None)
@@ -78,8 +81,9 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             refuse_arguments(given)  # before the Trainer talks to anybody
         if keep is not None and not isinstance(keep, Keep):
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
-        open_storage(root)  # raises for what is no root
+        open_storage(root, storage_options=storage_options)  # raises for what is no root
         self._ckptman_root = os.fspath(root) if isinstance(root, os.PathLike) else root
+        self._ckptman_storage_options = storage_options
         self._ckptman_keep = keep
         self._ckptman_resume = check_resume(resume)
         self._ckptman_lock_timeout = lock_timeout
@@ -134,7 +138,8 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         keep = self._ckptman_keep
         if keep is None:
             keep = keep_rules.last(limit) if limit and limit > 0 else keep_rules.everything
-        return Session(open_storage(root), resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
+        storage = open_storage(root, storage_options=self._ckptman_storage_options)
+        return Session(storage, resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
 
     def _ckptman_on_train_begin(self) -> None:
         """The Trainer has made everything, and has reset its counters of the loss."""
