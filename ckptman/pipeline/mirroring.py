@@ -171,7 +171,7 @@ class Mirroring:
             return (has_work or not self._is_closing) and not self._is_stopped
 
     def _try_until_done(self) -> bool:
-        """Catch up, whatever it takes; False where there is no more to be done in this process."""
+        """Catch up, whatever it takes; False where this process is to do no more."""
         pause_s = self._pause_s
         while True:
             try:
@@ -187,7 +187,7 @@ class Mirroring:
                     return False
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                return not self._is_closing
+                return True  # there may be more work since we looked, also where the manager closes by now
 
     def _sleep(self, pause_s: float) -> bool:
         """Whether to go on: a manager that closes meanwhile gets one more try."""
