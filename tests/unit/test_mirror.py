@@ -176,7 +176,7 @@ def test_the_newest_is_there_when_close_returns(tmp_path: Path) -> None:
 
 
 def test_what_is_committed_while_the_mirror_is_looked_at_is_there_too(tmp_path: Path) -> None:
-    """A slow mirror: the thread had read the root before the commit, and the manager closes before it gets its answer."""
+    """The mirror is slow: its thread read the root before the commit, and the manager closes before it answers."""
 
     class Slow(Flaky):
         def listing(self, folder):  # type: ignore[no-untyped-def]
