@@ -10,8 +10,8 @@ the first one and is refused; on S3 the nonce of what is there then tells whethe
 of ``create`` compare nonces of their own, as they must for any answer that was lost.
 
 *Forks.* A filesystem object does not survive one, so every process makes its own. And a child (a loader's worker) never
-collects what it inherited: frames of the event loop's thread may be among it, which the child does not have, and CPython
-3.11 crashes where it visits them.
+collects what it inherited: frames of the event loop's thread may be among it, which the child does not have, and
+CPython 3.11 crashes where it visits them.
 """
 
 from __future__ import annotations
