@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import itertools
 import json
 import os
 import secrets
@@ -13,12 +14,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import fsspec
 
@@ -28,8 +29,9 @@ from ckptman.storage.retry import Retry
 ACCESS = "ckptman-canary-access"
 SECRET = "ckptman-canary-secret"
 BUCKET = "bucket"
-Kind = Literal["503 before", "cut before", "503 after", "cut after"]
-KINDS: tuple[Kind, ...] = ("503 before", "cut before", "503 after", "cut after")
+Fault = Literal["503", "429", "cut", "timeout"]
+When = Literal["before", "after"]
+FAULTS: tuple[tuple[Fault, When], ...] = tuple(itertools.product(get_args(Fault), get_args(When)))
 
 
 def options(port: int, **more: object) -> dict[str, object]:
@@ -41,15 +43,15 @@ AT_ONCE = Retry(sleep=lambda seconds: None)
 
 
 @functools.cache
-def _client_of(pid: int, port: int) -> object:
-    config = {"retries": {"total_max_attempts": 1}, "read_timeout": 20}
+def _client_of(pid: int, port: int, read_timeout_s: float) -> Any:
+    config = {"retries": {"total_max_attempts": 1}, "read_timeout": read_timeout_s}
     return fsspec.filesystem(
         "s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, **options(port)
     )
 
 
-def _client(port: int) -> object:
-    return _client_of(os.getpid(), port)
+def _client(port: int, read_timeout_s: float) -> Any:
+    return _client_of(os.getpid(), port, read_timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +65,10 @@ class S3Server:
     def new_root(self) -> str:
         return f"s3://{BUCKET}/{secrets.token_hex(6)}"
 
-    def storage(self, root: str | None = None, *, port: int | None = None) -> ObjectStorage:
+    def storage(self, root: str | None = None, *, port: int | None = None, read_timeout_s: float = 20) -> ObjectStorage:
         """A storage in *root*, or in a new one; all that reach one port share one client, which is slow to make."""
-        return ObjectStorage(
-            root or self.new_root(), filesystem=functools.partial(_client, port or self.port), retry=AT_ONCE
-        )
+        client = functools.partial(_client, port or self.port, read_timeout_s)
+        return ObjectStorage(root or self.new_root(), filesystem=client, retry=AT_ONCE)
 
 
 @contextmanager
@@ -80,7 +81,12 @@ def serve(folder: Path) -> Iterator[S3Server]:
         "credentials": [{"accessKey": ACCESS, "secretKey": SECRET}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    unable = {
+        "name": "unable-to-list",
+        "credentials": [{"accessKey": f"{ACCESS}-2", "secretKey": SECRET}],
+        "actions": [f"Read:{BUCKET}", f"Write:{BUCKET}"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity, unable]}))
     (folder / "data").mkdir()
     names = ("s3", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance", "master", "master.port.grpc", "volume")
     names += ("volume.port.grpc", "filer", "filer.port.grpc", "webdav")
@@ -128,89 +134,55 @@ def _wait_until_ready(port: int, process: subprocess.Popen[bytes], log: Path) ->
 
 @dataclass(slots=True)
 class Proxy:
-    """Passes requests on; number ``at`` (from 1; with ``lasting`` all later ones too) goes wrong as ``kind`` says."""
+    """
+    Passes requests on. Number ``at`` (from 1; with ``lasting`` all later ones too) goes wrong, before it reaches the
+    server or after it took effect there; ``strike`` is called at that request, before it is passed on.
+    """
 
     port: int = 0
     at: int = 0
-    kind: Kind = "503 before"
+    fault: Fault | None = None
+    when: When = "before"
     lasting: bool = False
+    strike: Callable[[], object] = lambda: None
     struck: int = 0
     requests: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def arm(self, at: int, kind: Kind, *, lasting: bool) -> None:
+    def arm(
+        self,
+        at: int = 0,
+        fault: Fault | None = None,
+        when: When = "before",
+        *,
+        lasting: bool = False,
+        strike: Callable[[], object] = lambda: None,
+    ) -> None:
         with self.lock:
             self.requests.clear()
-            self.at, self.kind, self.lasting, self.struck = at, kind, lasting, 0
+            self.at, self.fault, self.when, self.lasting, self.strike, self.struck = at, fault, when, lasting, strike, 0
 
-    def disarm(self) -> None:
-        self.arm(0, "503 before", lasting=False)
-
-    def count(self, request: str) -> Kind | None:
+    def count(self, request: str) -> bool:
         with self.lock:
             self.requests.append(request)
             number = len(self.requests)
             if not self.at or not (number >= self.at if self.lasting else number == self.at):
-                return None
+                return False
             self.struck += 1
-            return self.kind
+            strike = self.strike
+        strike()
+        return True
 
 
 @contextmanager
-def proxy_to(upstream: int) -> Iterator[Proxy]:  # noqa: C901 - one handler, which needs the proxy
+def proxy_to(upstream: int) -> Iterator[Proxy]:
     """A proxy in front of the server at the port *upstream*."""
     proxy = Proxy()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-        def pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            kind = proxy.count(f"{self.command} {self.path}")
-            if kind == "cut before":
-                return self.cut()
-            if kind == "503 before":
-                return self.answer(503, {}, b"")
-            server = http.client.HTTPConnection("127.0.0.1", upstream, timeout=30)
-            server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-            for name, value in self.headers.items():
-                if name.lower() not in ("expect", "connection"):
-                    server.putheader(name, value)
-            server.endheaders(body or None)
-            found = server.getresponse()
-            data = found.read()
-            server.close()
-            if kind == "cut after":
-                return self.cut()
-            if kind == "503 after":
-                return self.answer(503, {}, b"")
-            return self.answer(found.status, dict(found.getheaders()), data)
-
-        def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
-            self.send_response_only(status)
-            for name, value in headers.items():
-                if name.lower() not in ("content-length", "transfer-encoding", "connection"):
-                    self.send_header(name, value)
-            length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
-            self.send_header("Content-Length", length)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        def cut(self) -> None:
-            self.close_connection = True
-            with suppress(OSError):
-                self.connection.shutdown(socket.SHUT_RDWR)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("Handler", (_Handler,), {"proxy": proxy, "upstream": upstream})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     proxy.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, name="test-proxy", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="test-proxy", daemon=True)
     thread.start()
     try:
         yield proxy
@@ -218,3 +190,63 @@ def proxy_to(upstream: int) -> Iterator[Proxy]:  # noqa: C901 - one handler, whi
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    proxy: Proxy
+    upstream: int
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server_connection: http.client.HTTPConnection | None = None
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+    def handle(self) -> None:
+        with suppress(OSError):  # the client was killed, or gave up
+            super().handle()
+        if self.server_connection is not None:
+            self.server_connection.close()
+
+    def pass_on(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault, when = None, self.proxy.when
+        if self.proxy.count(f"{self.command} {self.path}"):
+            fault = self.proxy.fault
+        if fault is None or when == "after":
+            found, data = self.ask(body)
+        if fault is None:
+            self.answer(found.status, dict(found.getheaders()), data)
+        elif fault == "cut":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == "timeout":
+            self.connection.settimeout(30)
+            self.rfile.read(1)  # until the client gives up
+            self.close_connection = True
+        else:
+            self.answer(int(fault), {}, b"")
+
+    def ask(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        if self.server_connection is None:
+            self.server_connection = http.client.HTTPConnection("127.0.0.1", self.upstream, timeout=30)
+        server = self.server_connection
+        server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "connection"):
+                server.putheader(name, value)
+        server.endheaders(body or None)
+        found = server.getresponse()
+        return found, found.read()
+
+    def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name.lower() not in ("content-length", "transfer-encoding", "connection"):
+                self.send_header(name, value)
+        length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length)
+        self._headers_buffer += [b"\r\n", b"" if self.command == "HEAD" else data]
+        self.flush_headers()
+
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on

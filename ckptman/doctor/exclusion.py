@@ -12,7 +12,7 @@ from ckptman.doctor.findings import Finding, duration
 from ckptman.doctor.partner import Partner
 from ckptman.errors import StorageError
 from ckptman.repository.file_lock import RootLock
-from ckptman.storage.base import KeyExists, KeyMissing, Storage
+from ckptman.storage.base import KeyChanged, KeyExists, KeyMissing, Storage, Swaps
 
 RACERS = 3
 ROUNDS = 60
@@ -82,8 +82,7 @@ def _content(storage: Storage, key: str) -> bytes | None:
 def _locks(storage: Storage, folder: str, partner: Partner) -> Finding:
     name, key = "locks", f"{folder}/probe.lock"
     if storage.lock_path is None:
-        what = "there are no file locks here: writers are told apart by the catalog alone, or by a lease"
-        return Finding(name=name, verdict="unknown", what=what)
+        return _lease(storage, f"{folder}/lease")
     ours = RootLock(storage.lock_path.parent / key)
     try:
         partner.hold(key)
@@ -101,6 +100,26 @@ def _locks(storage: Storage, folder: str, partner: Partner) -> Finding:
     freed_s = time.monotonic() - began
     what = f"a second process is kept out, and a killed one's lock is free after {duration(freed_s)}"
     return Finding(name=name, verdict="ok", what=what, figures={"freed_s": freed_s})
+
+
+def _lease(storage: Storage, key: str) -> Finding:
+    """Where no file lock reaches, writers hold a lease, if a value can be changed by one of two only."""
+    if not isinstance(storage, Swaps) or not storage.can_swap:
+        what = (
+            "neither file locks nor compare-and-swap: a second job may start beside a first one. It fences it, so no "
+            "saved checkpoint is lost, but the first one's work from then on is"
+        )
+        return Finding(name="locks", verdict="unknown", what=what)
+    storage.create(key, b"0")
+    _, version = storage.read_version(key, limit=16)
+    storage.swap(key, b"1", expected=version)
+    try:
+        storage.swap(key, b"2", expected=version)
+    except KeyChanged:
+        if storage.read_version(key, limit=16)[0] == b"1":
+            return Finding(name="locks", verdict="ok", what="of two changes of one value the second one is refused")
+    what = "two changes of one value both succeeded: two jobs could hold the lease at once, and one would be fenced"
+    return Finding(name="locks", verdict="bad", what=what)
 
 
 def _freshness(storage: Storage, folder: str, partner: Partner) -> Finding:

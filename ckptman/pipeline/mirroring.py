@@ -31,14 +31,15 @@ from ckptman.repository.copying import Copying, begin
 from ckptman.repository.counterparts import due
 from ckptman.repository.head import read_head
 from ckptman.repository.keep import Keep
+from ckptman.repository.lease import LIFE_S
 from ckptman.repository.repository import checkpoint_of
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 
 _log = logging.getLogger("ckptman")
 
-LOCK_TIMEOUT_S = 1.0
-"""For another writer of the mirror, before it counts as a failure."""
+LOCK_TIMEOUT_S = 1.5 * LIFE_S
+"""For another writer of the mirror, before it counts as a failure: long enough to see that a lease is a dead one's."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 """Between tries."""
@@ -226,9 +227,8 @@ class Mirroring:
                 self._passed.add((entry.attempt, entry.tags))
                 self._tell(error, retry_s=None)
             return
-        self._passed.add(
-            (entry.attempt, entry.tags)
-        )  # a keep rule that drops what it wanted must not bring us here for ever
+        # Also where it is there: a keep rule that drops what it wanted before must not bring us here for ever.
+        self._passed.add((entry.attempt, entry.tags))
         if copied.is_new:
             duration_s = time.monotonic() - began
             _log.info("mirrored step %d to %s in %.2f s", entry.step, self.storage.url, duration_s)

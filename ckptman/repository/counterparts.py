@@ -55,12 +55,27 @@ def due(source: Sequence[Entry], there: Sequence[Entry], keep: Keep, url: str) -
     That is: what it lacks and would keep, and that of which it lacks a tag.
     """
     lacking = missing(source, there)
-    steps = {entry.step for entry in lacking}
-    merged = [entry for entry in there if entry.step not in steps]
-    for entry in lacking:
-        merged.insert(place(entry, source, merged), entry)
+    merged = _merged(source, lacking, there)
     kept = {entry.attempt for entry in retained(merged, keep, url)} if merged else set()
     copied = {identity(entry): entry for entry in there}
     untagged = [e for e in source if identity(e) in copied and not set(e.tags) <= set(copied[identity(e)].tags)]
     wanted = {entry.attempt for entry in lacking if entry.attempt in kept} | {entry.attempt for entry in untagged}
     return [entry for entry in reversed(source) if entry.attempt in wanted]
+
+
+def _merged(source: Sequence[Entry], lacking: Sequence[Entry], there: Sequence[Entry]) -> list[Entry]:
+    """What would be there with all that is *lacking*, each in its place, and in the place of others of its step."""
+    steps = {entry.step for entry in lacking}
+    absent = {entry.attempt for entry in lacking}
+    waiting: list[Entry] = []
+    before: dict[Hashable, list[Entry]] = {}  # what comes before a copy of one that is there
+    for entry in source:
+        if entry.attempt in absent:
+            waiting.append(entry)
+        else:
+            before[identity(entry)], waiting = waiting, []
+    merged = []
+    for entry in there:
+        if entry.step not in steps:
+            merged += [*before.get(identity(entry), ()), entry]
+    return [*merged, *waiting]

@@ -13,7 +13,7 @@ from ckptman.errors import IntegrityError
 from ckptman.format.digest import Hasher, blocks
 from ckptman.format.manifest import File, Manifest
 from ckptman.repository.reading import Part
-from ckptman.storage.base import Buffer, KeyMissing, Storage
+from ckptman.storage.base import Buffer, Expects, KeyMissing, Storage
 
 PIECE_NBYTES = 16 << 20
 """What is read and written at a time, in one buffer that begins at a page: what local files like best."""
@@ -48,6 +48,8 @@ def send(
     checks = _Checks(file, _spans(manifest, file, parts), step)
     memory = _pages(min(PIECE_NBYTES, file.nbytes))
     with target.open_new(key) as out:
+        if isinstance(out, Expects):
+            out.expect(file.nbytes)
         for start, stop in blocks(file.nbytes, PIECE_NBYTES):
             piece = memory[: stop - start]
             _read(source, file, start, piece, step)

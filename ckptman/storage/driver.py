@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from typing import Any, Protocol, cast
 
 from ckptman.errors import StorageError
@@ -55,11 +56,17 @@ class Driver(Protocol):
 
     def size(self, path: str) -> int: ...
 
+    def modified_at(self, path: str) -> datetime:
+        """When the object was created, by the server's clock."""
+
     def walk(self, folder: str) -> Iterator[tuple[str, int]]: ...
 
     def children(self, folder: str) -> list[str]: ...
 
     def delete(self, path: str) -> None: ...
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove what is left of *folder* after its last object, if it is empty."""
 
     def swap(self, path: str, data: bytes, expected: str) -> None: ...
 
@@ -116,6 +123,9 @@ class AnyDriver:
             raise FileNotFoundError(path)
         return int(found["size"])
 
+    def modified_at(self, path: str) -> datetime:
+        return cast(datetime, self._fs.modified(path))
+
     def walk(self, folder: str) -> Iterator[tuple[str, int]]:
         with suppress(FileNotFoundError):
             for path, found in self._fs.find(folder, detail=True).items():
@@ -130,6 +140,9 @@ class AnyDriver:
     def delete(self, path: str) -> None:
         with suppress(FileNotFoundError):
             self._fs.rm_file(path)
+
+    def remove_folder(self, folder: str) -> None:
+        """Nothing: most drivers have no folders, and an empty one does no harm."""
 
     def swap(self, path: str, data: bytes, expected: str) -> None:
         raise NotImplementedError(f"{path!r}: fsspec cannot compare and swap")

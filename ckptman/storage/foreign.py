@@ -15,8 +15,8 @@ from ckptman.storage.base import KeyExists, KeyMissing
 _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _TRANSIENT_NAMES = frozenset(
     {
-        "HTTPClientError", "ClientConnectionError", "ClientPayloadError", "FSTimeoutError", "IncompleteRead",
-        "ResponseParserError", "ServiceRequestError", "ServiceResponseError",
+        "ClientConnectionError", "ClientPayloadError", "EndpointConnectionError", "FSTimeoutError", "HTTPClientError",
+        "IncompleteRead", "ResponseParserError", "ServiceRequestError", "ServiceResponseError",
     }
 )  # fmt: skip
 _TRANSIENT_CODES = frozenset({"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "Throttling"})
@@ -137,3 +137,15 @@ def _hint(error: Exception, verb: str) -> str:
 def is_presentable(error: BaseException, secrets: Iterable[str]) -> bool:
     """Whether a traceback may show *error*: nothing in it, or in what it was raised from, is secret."""
     return all(hidden(text, secrets) == text for one in chain(error) for text in (str(one), repr(one)))
+
+
+def without_traceback(error: Exception) -> Exception:
+    """
+    *error*, and what it was raised from, without the frames that it came through.
+
+    Their variables hold credentials, which some reporters of errors show. And CPython 3.11 crashes in a forked child
+    (a loader's worker) that collects frames of another thread, such as those of the event loop.
+    """
+    for one in chain(error):
+        one.__traceback__ = None
+    return error

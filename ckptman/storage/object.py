@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,9 +28,9 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ckptman.errors import CkptmanError, StorageError, redact
-from ckptman.storage.base import Buffer, KeyChanged, KeyExists, KeyMissing, Stored, check_key, is_key
+from ckptman.storage.base import Buffer, KeyChanged, KeyExists, Stored, check_key, is_key
 from ckptman.storage.driver import AnyDriver, Driver, Upload
-from ckptman.storage.foreign import is_presentable, is_transient, ours, secrets_of
+from ckptman.storage.foreign import is_presentable, is_transient, ours, secrets_of, without_traceback
 from ckptman.storage.probe import excludes
 from ckptman.storage.retry import Retry
 from ckptman.storage.s3 import S3Driver
@@ -173,6 +174,11 @@ class ObjectStorage:
         check_key(key)
         return self._try("read", key, lambda driver: driver.size(self._path(key)))
 
+    def modified_at(self, key: str) -> datetime:
+        """When *key* was created, in UTC, by the server's clock and as exactly as it tells. Or `KeyMissing`."""
+        told = self._try("look at", check_key(key), lambda driver: driver.modified_at(self._path(key)))
+        return told.astimezone(UTC) if told.tzinfo else told.replace(tzinfo=UTC)
+
     def listing(self, folder: str) -> list[Stored]:
         """Every key below *folder*, sorted: one request for each thousand."""
         path = f"/{check_key(folder)}" if folder else ""
@@ -198,21 +204,25 @@ class ObjectStorage:
         return self._try("read", key, lambda driver: driver.get(self._path(key), limit))
 
     def swap(self, key: str, data: bytes, *, expected: str) -> None:
-        """Put *data* in place of the version *expected*. Sent once: see `Swaps`."""
+        """Put *data* in place of the version *expected*. See `Swaps`."""
         check_key(key)
         try:
-            self._guard("change", key, lambda driver: driver.swap(self._path(key), data, expected))
+            self._try("change", key, lambda driver: driver.swap(self._path(key), data, expected))
         except KeyExists as error:
             raise KeyChanged(f"{key!r} in {self.url} was changed by another", key=key) from error
 
     # removing
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove *keys* in their order, one request each. Missing keys are no error."""
+        """Remove *keys* in their order, one request each, then their folders, if empty. Missing keys are no error."""
+        folders: set[str] = set()
         for key in keys:
             path = self._path(check_key(key))
-            with suppress(KeyMissing):
-                self._try("delete", key, lambda driver, path=path: driver.delete(path))  # type: ignore[misc]
+            self._try("delete", key, lambda driver, path=path: driver.delete(path))  # type: ignore[misc]
+            folders.add(key.rpartition("/")[0])
+        for folder in sorted(folders - {""}, key=len, reverse=True):
+            path = self._path(folder)
+            self._try("delete", folder, lambda driver, path=path: driver.remove_folder(path))  # type: ignore[misc]
 
     def remove_temporaries(self, folder: str) -> None:
         """
@@ -240,13 +250,13 @@ class ObjectStorage:
         try:
             return call(self._connected()[0])
         except StorageError as error:
-            failure, cause = error, error.__cause__
+            failure, cause, error.__traceback__ = error, error.__cause__, None
             failure.key = failure.key or key
         except CkptmanError:
             raise
         except Exception as error:  # noqa: BLE001 - the border: drivers raise what they like
             failure = ours(error, verb, key, self.url, self._secrets)
-            cause = error if is_presentable(error, self._secrets) else None
+            cause = without_traceback(error) if is_presentable(error, self._secrets) else None
         raise failure from cause  # outside of the block above, so that no __context__ keeps what may not be shown
 
     def _refuse_inexclusive(self) -> None:

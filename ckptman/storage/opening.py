@@ -57,6 +57,7 @@ def _refuse_options(root: str, storage_options: Mapping[str, object] | None) -> 
 
 
 def _open_url(url: str, storage_options: Mapping[str, object] | None, *, single_writer: bool) -> Storage:
+    url = url.replace("\\", "/")  # pasted together on Windows; no key holds one
     protocol, separator, rest = url.partition("://")
     if not separator or protocol.lower() == "file" or not rest.strip("/"):
         raise ValueError(

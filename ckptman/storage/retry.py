@@ -26,7 +26,7 @@ class Retry:
     patience_s: float = 60.0
     sleep: Callable[[float], object] = time.sleep
     clock: Callable[[], float] = time.monotonic
-    random: Callable[[], float] = random.random
+    random: Callable[[], float] = random.SystemRandom().random  # the global stream is part of what is saved
 
     def __call__(self, call: Callable[[], Result], *, is_transient: Callable[[Exception], bool]) -> Result:
         """What *call* returns, or the error of its last try: one that is not transient is never repeated."""

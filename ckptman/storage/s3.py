@@ -39,7 +39,6 @@ class S3Driver:
 
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._fs = filesystem
-        self._fs.retries = 1  # we try again ourselves: three policies inside each other try 125 times
         self._retry = retry
 
     # requests
@@ -131,7 +130,7 @@ class S3Driver:
     async def _get_range(self, path: str, start: int, into: memoryview) -> int:
         try:
             found = await self._request("get_object", path, Range=f"bytes={start}-{start + len(into) - 1}")
-        except OSError as error:
+        except Exception as error:
             if status_of(error) == 416:
                 return 0  # it begins beyond the end
             raise
@@ -146,6 +145,9 @@ class S3Driver:
 
     def size(self, path: str) -> int:
         return int(self.wait(self.begin("head_object", path))["ContentLength"])
+
+    def modified_at(self, path: str) -> datetime:
+        return cast(datetime, self.wait(self.begin("head_object", path))["LastModified"])
 
     def walk(self, folder: str) -> Iterator[tuple[str, int]]:
         bucket = _bucket(folder)
@@ -165,6 +167,10 @@ class S3Driver:
 
     def delete(self, path: str) -> None:
         self.wait(self.begin("delete_object", path))
+
+    def remove_folder(self, folder: str) -> None:
+        """Make servers that keep folders (SeaweedFS) forget one that is empty; one that is not, they leave alone."""
+        self.delete(f"{folder}/")
 
     def remove_stale(self, root: str, prefix: str) -> None:
         before, bucket = datetime.now(UTC) - STALE, _bucket(root)
@@ -197,9 +203,13 @@ class S3Driver:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     async def _request(self, method: str, path: str, *, _key: str = "Key", **arguments: Any) -> Mapping[str, Any]:
+        # s3fs has the session, the region of the bucket, and what users want added to requests (encryption, …). Its
+        # own way of sending would try again, translate the error and sleep once more before raising it.
         bucket, _, key = path.partition("/")
-        found = await self._fs._call_s3(method, Bucket=bucket, **{_key: key}, **arguments)
-        return cast("Mapping[str, Any]", found)
+        await self._fs.set_session()
+        send = getattr(await self._fs.get_s3(bucket), method)
+        arguments = self._fs._get_s3_method_kwargs(send, Bucket=bucket, **{_key: key}, **arguments)
+        return cast("Mapping[str, Any]", await send(**arguments))
 
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         return self.wait(asyncio.run_coroutine_threadsafe(call, self._fs.loop))

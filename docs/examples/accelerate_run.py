@@ -21,13 +21,14 @@ class Progress:
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.step = 0
         self.losses: list[float] = []
 
     def state_dict(self) -> dict[str, object]:
-        return {"epoch": self.epoch, "losses": list(self.losses)}
+        return {"epoch": self.epoch, "step": self.step, "losses": list(self.losses)}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        self.epoch, self.losses = state["epoch"], list(state["losses"])
+        self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
 
 
 def main() -> None:
@@ -36,10 +37,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    set_seed(0)
-    loading = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True)
+    loading = DataLoaderConfiguration(use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=0)
     accelerator = Accelerator(cpu=True, dataloader_config=loading, gradient_accumulation_steps=2)
-    inputs = torch.randn(80, 16)
+    set_seed(0, device_specific=True)  # each rank draws dropout of its own
+    inputs = torch.randn(80, 16, generator=torch.Generator().manual_seed(0))
     loader = DataLoader(TensorDataset(inputs, inputs.sum(dim=1, keepdim=True)), batch_size=8, shuffle=True)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -48,7 +49,7 @@ def main() -> None:
     progress = Progress()
     accelerator.register_for_checkpointing(progress)
 
-    with manager_for(accelerator, given.root, save_every=Every(steps=4), keep=keep.last(3)) as manager:
+    with manager_for(accelerator, given.root, save_every=Every(steps=2), keep=keep.last(3)) as manager:
         manager.restore()
         while progress.epoch < given.epochs:
             for batch, targets in loader:
@@ -60,8 +61,11 @@ def main() -> None:
                     optimizer.zero_grad()
                 progress.losses.append(loss.item())
                 progress.epoch += loader.end_of_dataloader
-                manager.maybe_save(len(progress.losses), metrics={"loss": loss.item()})
-    print(f"finished step {len(progress.losses)}, loss {progress.losses[-1]:.4f}")
+                if accelerator.sync_gradients:  # an optimizer step was made, and no gradients wait for the next one
+                    progress.step += 1
+                    manager.maybe_save(progress.step, metrics={"loss": loss.item()})
+    accelerator.wait_for_everyone()  # rank 0 may keep what the others talk through: it leaves last
+    print(f"finished step {progress.step}, loss {progress.losses[-1]:.4f}")
 
 
 if __name__ == "__main__":

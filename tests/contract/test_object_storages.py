@@ -42,9 +42,6 @@ class TestS3(StorageContract):
     def storage(self, s3_server: S3Server) -> Storage:
         return s3_server.storage()
 
-    # SeaweedFS names a folder for a while after its last key is gone; S3 itself has no folders.
-    test_an_emptied_folder_is_gone = None
-
 
 class TestAnyFilesystem(StorageContract):
     @pytest.fixture

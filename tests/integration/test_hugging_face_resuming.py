@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from ckptman import (
     CheckpointNotFound,
     DamagedCheckpointWarning,
     IntegrityError,
+    Preempted,
     StateMismatch,
     UnsupportedState,
     keep,
@@ -81,6 +84,15 @@ def test_each_way_to_resume_begins_where_it_says(job: Job, scratch: Path) -> Non
 def refused(job: Job, root: Any, resume: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         job.build(root, resume=resume).train()
+
+
+def test_a_root_may_be_in_an_object_store(job: Job, scratch: Path, s3_server: Any) -> None:
+    """With ``storage_options`` for its driver; what lies there is what lies on a disk."""
+    root, options = "s3://bucket/hugging-face", {"storage_options": s3_server.options}
+    whole = job.finish(root, **options)
+    resumed = job.finish(root, resume=4, **options)
+    assert resumed["began"] == 4
+    assert resumed["equal"] == whole["equal"] == job.finish(scratch / "root")["equal"]
 
 
 def test_a_fresh_start_in_an_old_root_is_resumed_itself(job: Job, scratch: Path) -> None:
@@ -266,6 +278,32 @@ def test_a_state_of_a_callback_that_json_cannot_say_fails_the_save(job: Job, scr
 
     inside(train)
     assert listed(scratch / "root") == []
+
+
+class Terminate(TrainerCallback):
+    """The scheduler of the cluster wants the machine, in the middle of step 5."""
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_saves_the_step_that_is_under_way(job: Job, scratch: Path) -> None:
+    """``train()`` leaves with exit code 75 once that is committed; the run goes on there; handlers are put back."""
+    whole = job.finish(scratch / "whole")
+
+    def train() -> None:
+        trainer = Job(output=job.output, callbacks=lambda: [Terminate()]).build(scratch / "root")
+        with pytest.raises(Preempted) as raised:
+            trainer.train()
+        assert (raised.value.code, raised.value.step) == (75, 5)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    inside(train)
+    assert [one.step for one in listed(scratch / "root")] == [2, 4, 5]
+    resumed = job.finish(scratch / "root")
+    assert resumed["began"] == 5
+    assert resumed["equal"] == whole["equal"]
 
 
 def test_the_scale_of_the_gradients_is_restored(job: Job, scratch: Path) -> None:

@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -45,6 +46,7 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         root: Where the copies go. Not the output directory.
         keep: What to retain. The default deletes nothing.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: For the driver of a URL such as ``s3://…``: credentials, ``endpoint_url``.
     """
 
     def __init__(
@@ -53,11 +55,18 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         *,
         keep: Keep = keep_rules.everything,
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
         self._files: dict[str, np.ndarray] = {}
         self._ranks: Ranks | None = None
         self._manager = CheckpointManager(
-            root, {FILES: self._files}, keep=keep, rng=False, lock_timeout=lock_timeout, coordinator=Solo()
+            root,
+            {FILES: self._files},
+            keep=keep,
+            rng=False,
+            lock_timeout=lock_timeout,
+            coordinator=Solo(),  # the first rank saves alone
+            storage_options=storage_options,
         )
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -66,9 +75,9 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *rest: Any, **more: Any) -> None:
         """Copy what was just saved. Raises as ``CheckpointManager.save``."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        ranks = self._ranks
-        assert ranks is not None
+        ranks, folder = self._ranks, Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if ranks is None:
+            raise ValueError("CkptmanCallback is to be added before train() begins: it meets the other ranks there")
         ranks.together(lambda: None)  # each rank has written its random state
         ranks.together(lambda: self._copy(folder, state) if ranks.is_first else None)
 
@@ -90,11 +99,16 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         """Let go of the root and of the ranks."""
         self._manager.close()
         if self._ranks is not None:
+            self._ranks.part()
             self._ranks.close()
 
 
 def fetch(
-    root: str | os.PathLike[str] | Storage, into: str | os.PathLike[str], *, which: Which = "latest"
+    root: str | os.PathLike[str] | Storage,
+    into: str | os.PathLike[str],
+    *,
+    which: Which = "latest",
+    storage_options: Mapping[str, object] | None = None,
 ) -> str | None:
     """
     Put a checkpoint of `CkptmanCallback` back as a directory that any Trainer resumes from.
@@ -106,6 +120,7 @@ def fetch(
         root: Where the copies are.
         into: The directory to make ``checkpoint-N`` in; what it had of this name is replaced.
         which: As in ``CheckpointManager.restore``; ``"latest"`` passes over damaged ones.
+        storage_options: As in ``CheckpointManager``.
 
     Returns:
         The path of ``checkpoint-N``, whole and with every byte checked; None if *root* has no checkpoint.
@@ -117,7 +132,9 @@ def fetch(
         FormatError: The checkpoint is none of `CkptmanCallback`, or names a file outside of it.
     """
     files: dict[str, np.ndarray] = {}
-    with CheckpointManager(root, {FILES: files}, rng=False, coordinator=Solo()) as manager:
+    with CheckpointManager(
+        root, {FILES: files}, rng=False, coordinator=Solo(), storage_options=storage_options
+    ) as manager:
         latest = manager.latest() if which == "latest" else None
         if latest is not None and FILES not in latest.components:
             raise FormatError(f"{manager.root} has no copies of directories: CkptmanTrainer resumes from it by itself")

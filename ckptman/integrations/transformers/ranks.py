@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 from ckptman import errors
 from ckptman.coordinator import current
-from ckptman.errors import CkptmanError
+from ckptman.errors import CkptmanError, RankLost
 
 Result = TypeVar("Result")
 
@@ -39,6 +40,14 @@ class Ranks:
         """What each rank has to say, by rank."""
         return self._coordinator.agree(mine)
 
+    def of_first(self, mine: bytes) -> bytes:
+        """What the first rank has to say. It waits for nobody, so this may be asked in every step."""
+        return self._coordinator.broadcast(mine if self.is_first else None)
+
+    def part(self) -> None:
+        """Let the first rank go on only when all have heard what it said last: they may hear it through its process."""
+        self._coordinator.gather(b"")
+
     def close(self) -> None:
         """Leave; whoever waits for this rank from now on gets `RankLost`."""
         self._coordinator.close()
@@ -56,6 +65,9 @@ class Ranks:
         except Exception as error:  # noqa: BLE001 - whatever it is, the others wait for it
             failure = error
         told = self.exchange(b"" if failure is None else _told(failure))
+        if any(told):
+            with suppress(RankLost):  # the failure is what matters
+                self.part()
         if failure is not None:
             raise failure
         for rank, text in enumerate(told):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ckptman.errors import IntegrityError
@@ -57,6 +58,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             with one of these, with True (``"must"``), False (``"never"``), or the path of a directory that a plain
             Trainer wrote.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: For the driver of a URL such as ``s3://…``: credentials, ``endpoint_url``.
         **kwargs: For the Trainer.
 
     Raises:
@@ -71,6 +73,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         keep: Keep | None = None,
         resume: Resume = "auto",
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
         **kwargs: Any,
     ) -> None:
         given = next((one for one in (*args, *kwargs.values()) if isinstance(one, TrainingArguments)), None)
@@ -78,15 +81,16 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             refuse_arguments(given)  # before the Trainer talks to anybody
         if keep is not None and not isinstance(keep, Keep):
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
-        open_storage(root)  # raises for what is no root
+        open_storage(root, storage_options=storage_options)  # raises for what is no root
         self._ckptman_root = os.fspath(root) if isinstance(root, os.PathLike) else root
+        self._ckptman_storage_options = storage_options
         self._ckptman_keep = keep
         self._ckptman_resume = check_resume(resume)
         self._ckptman_lock_timeout = lock_timeout
         self._ckptman_session: Session | None = None
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
-        self.add_callback(_Beginning(self))
+        self.add_callback(_Watching(self))
 
     def train(
         self,
@@ -101,6 +105,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             CheckpointNotFound: There is none such.
             IntegrityError: All checkpoints are damaged, or the directory of a plain Trainer is incomplete.
             StateMismatch: The checkpoint is one of another model, optimizer or schedule. No tensor was touched.
+            Preempted: SIGTERM or SIGUSR1 had arrived, and the step is saved. A ``SystemExit`` with code 75.
             SaveFailed, Fenced, LockTimeout, CommitUnknown: From a save, as ``CheckpointManager.save``.
         """
         resume, directory = self._ckptman_wanted(resume_from_checkpoint)
@@ -134,7 +139,8 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         keep = self._ckptman_keep
         if keep is None:
             keep = keep_rules.last(limit) if limit and limit > 0 else keep_rules.everything
-        return Session(open_storage(root), resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
+        storage = open_storage(root, storage_options=self._ckptman_storage_options)
+        return Session(storage, resume=resume, keep=keep, lock_timeout=self._ckptman_lock_timeout)
 
     def _ckptman_on_train_begin(self) -> None:
         """The Trainer has made everything, and has reset its counters of the loss."""
@@ -143,12 +149,19 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             return
         if not session.is_open:
             session.open(self)
+        session.listen()
         own = session.of_this_rank()
         if own is not None:
             put_back_loss(self, own)
             put_back_streams(own)  # the Trainer asks for them later, but not where no step is left to train
         if session.best_step is not None:
             self.state.best_model_checkpoint = session.name_of_best()
+
+    def _ckptman_on_step_end(self, control: TrainerControl) -> None:
+        """A step is done, and is about to be logged, evaluated and saved."""
+        session = self._ckptman_session
+        if session is not None and session.is_preempted():
+            control.should_save = True
 
     # ------------------------------------------------------------------ what the Trainer asks of itself
 
@@ -204,14 +217,17 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             session.restore_best()
 
 
-class _Beginning(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Tells the trainer that training begins: there is no other place to learn it."""
+class _Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Tells the trainer that training begins, and that a step is done: there is no other place to learn it."""
 
     def __init__(self, trainer: CkptmanMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._ckptman_on_train_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._ckptman_on_step_end(control)
 
 
 class CkptmanTrainer(CkptmanMixin, Trainer):  # type: ignore[misc]

@@ -36,12 +36,12 @@ def run_jobs(example: str, jobs: Sequence[dict], *, limit_s: float = 150.0) -> l
     return statuses
 
 
-def kill_and_resume(example: str, place: Path, kills: Sequence[int], *more: str) -> tuple[Path, dict[int, Path]]:
+def kill_and_resume(example: str, place: Path, kills: Sequence[int], *, ranks: int = 1) -> tuple[Path, dict[int, Path]]:
     """Run *example* to its end once, and once for each of *kills*: killed at that fsync, then started again."""
-    jobs = [{"arguments": [str(place / "control"), *more], "kill_at": None}]
+    jobs = [{"arguments": [str(place / "control")], "kill_at": None, "ranks": ranks}]
     for kill in kills:
-        again = [str(place / f"killed-{kill}"), *more]
-        jobs += [{"arguments": again, "kill_at": kill}, {"arguments": again, "kill_at": None}]
+        again = [str(place / f"killed-{kill}")]
+        jobs += [{"arguments": again, "kill_at": at, "ranks": ranks} for at in (kill, None)]
     statuses = run_jobs(example, jobs)
     assert statuses == [0, *([KILLED, 0] * len(kills))], "every kill met its run, and the same command finished it"
     return place / "control", {kill: place / f"killed-{kill}" for kill in kills}
@@ -55,10 +55,21 @@ def contents(root: Path, components: Sequence[str]) -> dict[str, object]:
     manifest = repository.manifest(entries[-1])
     assert set(components) <= set(manifest.components), sorted(manifest.components)
     found: dict[str, object] = {"step": entries[-1].step}
-    for component in components:
-        found[component] = msgspec.json.decode(bytes(manifest.components[component].values))
-        for tensor in manifest.tensors:
-            if tensor.name.startswith(f"{component}/"):
-                digests = [(chunk.offset, chunk.shape, chunk.digests) for chunk in tensor.chunks]
-                found[tensor.name] = (tensor.dtype, tensor.shape, digests)
+    for name in manifest.components:
+        if name.partition(".rank-")[0] in components:  # what a rank has of its own is <component>.rank-<number>
+            found[name] = msgspec.json.decode(bytes(manifest.components[name].values))
+    for tensor in manifest.tensors:
+        if tensor.name.partition("/")[0].partition(".rank-")[0] in components:
+            digests = [(chunk.offset, chunk.shape, chunk.digests) for chunk in tensor.chunks]
+            found[tensor.name] = (tensor.dtype, tensor.shape, digests)
     return found
+
+
+def differing(control: Path, killed: dict[int, Path], components: Sequence[str]) -> dict[int, list[str]]:
+    """For each kill, what its run ended with otherwise than the control run."""
+    expected = contents(control, components)
+    ended = {kill: contents(root, components) for kill, root in killed.items()}
+    return {
+        kill: sorted(key for key in {*expected, *end} if end.get(key) != expected.get(key))
+        for kill, end in ended.items()
+    }

@@ -96,6 +96,17 @@ def test_object_urls() -> None:
     assert storage.url == "s3://bucket/run"
     assert storage.identity == open_storage("s3://bucket/run").identity
     assert storage.lock_path is None
+    assert open_storage("s3://bucket\\run\\7").url == "s3://bucket/run/7"
+
+
+def test_chained_urls() -> None:
+    """A folder within another filesystem is a root like any other."""
+    storage = open_storage("dir://runs::memory://chained", single_writer=True)
+    assert isinstance(storage, ObjectStorage)
+    storage.create("f/a", b"x")
+    assert storage.read("f/a", limit=1) == b"x"
+    assert [stored.key for stored in storage.listing("")] == ["f/a"]
+    assert storage.folders() == ["f"]
 
 
 def test_options_are_for_drivers(tmp_path: Path) -> None:
