@@ -4,7 +4,7 @@ ckptman: save, be killed, resume — bit for bit.
 The house, from the ground up; a module imports only from floors below its own:
 
     7  guests     cli/ | demo/ | testing/
-    6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
+    6  face       manager.py                   CheckpointManager; schedule.py, preemption.py, boundary.py: when to save
     5  motion     pipeline/                    stage → write, read → place
     4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
     3  rules      repository/                  what exists, and who may change it
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
+    from ckptman.preemption import Preemption
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -57,6 +58,7 @@ _HOMES = {
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.preemption": ("Preemption",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -81,6 +83,7 @@ __all__ = [
     "LockTimeout",
     "PendingSave",
     "Preempted",
+    "Preemption",
     "RankLost",
     "SaveFailed",
     "Skipped",
