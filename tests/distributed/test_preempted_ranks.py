@@ -149,7 +149,7 @@ def test_torchrun_restarts_a_killed_rank_and_hands_on_a_notice(tmp_path: Path) -
     """
     root, out = tmp_path / "root", tmp_path / "out"
     out.mkdir()
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     agent = subprocess.Popen(
         [sys.executable, *command, str(TRAINING), str(root), str(out)],
         stdout=subprocess.DEVNULL,
@@ -163,6 +163,9 @@ def test_torchrun_restarts_a_killed_rank_and_hands_on_a_notice(tmp_path: Path) -
             assert time.monotonic() < ends_at
             time.sleep(0.05)
         agent.send_signal(signal.SIGTERM)
+        while not all((out / f"end-{rank}").exists() for rank in range(2)):
+            assert time.monotonic() < ends_at, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.05)
         agent.wait(60)
     finally:
         agent.kill()
@@ -183,6 +186,4 @@ if __name__ == "__main__":  # PYTHONPATH=. python tests/distributed/test_preempt
 
     with tempfile.TemporaryDirectory() as folder:
         mean, worst = run(Path(folder), 4, _cost, f"{folder}/root")[0]
-        print(
-            f"maybe_save on 4 ranks, nothing to be done: mean {1e6 * mean:.1f} us, worst {1e3 * worst:.2f} ms"
-        )
+        print(f"maybe_save on 4 ranks, nothing to be done: mean {1e6 * mean:.1f} us, worst {1e3 * worst:.2f} ms")

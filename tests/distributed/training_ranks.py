@@ -28,7 +28,8 @@ with CheckpointManager(root, {"weights": weights}, save_every=Every(steps=10)) a
         try:
             manager.maybe_save(step)
         except Preempted as error:
-            (out / f"end-{rank}").write_text(json.dumps({"step": step, "code": error.code, "text": str(error)}))
+            if is_again:  # the agent stops the others of a killed rank by SIGTERM too
+                (out / f"end-{rank}").write_text(json.dumps({"step": step, "code": error.code, "text": str(error)}))
             raise
         if is_again and step == begin + 5:
             assert weights[0].item() == step
