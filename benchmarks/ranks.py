@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from ckptman import CheckpointManager, keep
+from ckptman import CheckpointManager
 
 RANKS = 4
 CHUNK = 16 << 20
@@ -89,7 +89,7 @@ def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
     parts = local_bytes(model, optimizer)
     times: dict[str, list[float]] = {}
     dice = random.Random(0)
-    manager = CheckpointManager(folder / "ckptman", {"model": model, "optimizer": optimizer}, keep=keep.last(1))
+    manager = CheckpointManager(folder / "ckptman", {"model": model, "optimizer": optimizer})
 
     def dcp_save(number: int) -> None:
         weights, moments = get_state_dict(model, optimizer)
@@ -107,7 +107,7 @@ def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
     }
     loads = {
         "plain": lambda number: read_plain(folder / f"plain-{number}" / str(rank), parts),
-        "ckptman": lambda number: manager.restore(number),
+        "ckptman": manager.restore,
         "dcp": dcp_load,
     }
     for number in range(repeats + 1):
@@ -118,9 +118,10 @@ def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
                 work = contestants[name]
                 if rank == 0:
                     os.sync()
-                seconds = timed(lambda work=work: work(number))
+                seconds = timed(lambda work=work, number=number: work(number))
                 if number:  # the first one warms up
                     times.setdefault(f"{kind} {name}", []).append(seconds)
+        manager.delete(number)
         for name in ("plain", "dcp"):
             if rank == 0:
                 shutil.rmtree(folder / f"{name}-{number}")

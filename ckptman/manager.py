@@ -17,14 +17,22 @@ from typing import Self
 from ckptman.boundary import Boundary
 from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
-    CheckpointNotFound,
-    IntegrityError,
     Preempted,
     RankLost,
     SaveFailed,
     StorageError,
 )
-from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
+from ckptman.events import (
+    BecameWriter,
+    Committed,
+    Damaged,
+    Event,
+    Hook,
+    Pruned,
+    Restored,
+    SaveErred,
+    Staged,
+)
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import metrics_to_json
@@ -33,9 +41,10 @@ from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.loss import failure as failure_of
+from ckptman.pipeline.mirroring import Mirror, Mirroring
 from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import fill
-from ckptman.pipeline.recall import all_damaged, recall
+from ckptman.pipeline.recall import recall
 from ckptman.pipeline.saving import Begun, Job, name_attempt, write_checkpoint
 from ckptman.pipeline.sharing import Attempted, Sharing
 from ckptman.pipeline.together import Turn, failed
@@ -45,7 +54,8 @@ from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
-from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
+from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which
+from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule
 from ckptman.state.capture import Captured, capture
 from ckptman.state.kinds import check_state
@@ -70,8 +80,8 @@ class CheckpointManager:
         1
 
     Args:
-        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, or a storage. It is created by the first
-            save.
+        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, any URL that fsspec has a driver for
+            (``s3://bucket/run``), or a storage. It is created by the first save.
         state: Component name → live object: a module, an optimizer, anything with ``state_dict`` and
             ``load_state_dict``, a generator, a tensor or array, a dict or list, or a plain value. None opens the root
             for reading: such a manager takes no lock and never writes.
@@ -84,11 +94,17 @@ class CheckpointManager:
             optimizer step that was compiled.
         rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: Handed to fsspec's driver of a URL such as ``s3://…``: credentials, ``endpoint_url``. Without
+            them the driver looks into its own environment variables and files.
+        single_writer: Accept an object store whose create-only put does not exclude; you see to it that nobody else
+            writes.
         limits: Memory, threads, and saves at a time: see `Limits`.
         coordinator: How the ranks of a job talk to each other. None: ``torch.distributed`` where it is initialised with
             several ranks, else this process is alone.
         hooks: Called with every event.
         preemption: How the job learns that it will be stopped, beside SIGTERM and SIGUSR1, and how long it then has.
+        mirror: A second root that gets a copy of every checkpoint in the background: a root, or a `Mirror` with its own
+            ``keep``. ``restore`` reads both. What fails there is an event, and never a failed save.
 
     Use it from one thread. In a job of several ranks every rank opens one, with its part of the state, and all call
     ``save``, ``maybe_save``, ``restore``, ``tag``, ``untag``, ``delete`` and ``close`` in the same order.
@@ -107,12 +123,15 @@ class CheckpointManager:
         overlap: bool = False,
         rng: bool = True,
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
+        single_writer: bool = False,
         coordinator: Coordinator | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
         preemption: Preemption = Preemption(),  # noqa: B008 - a frozen value
+        mirror: str | os.PathLike[str] | Storage | Mirror | None = None,
     ) -> None:
-        self._storage = open_storage(root)
+        self._storage = open_storage(root, storage_options=storage_options, single_writer=single_writer)
         self._repository = Repository(self._storage)
         self._state = None if state is None else check_state(state, rng=rng)
         if save_every is not None and not callable(save_every):
@@ -123,6 +142,8 @@ class CheckpointManager:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
         if not isinstance(preemption, Preemption):
             raise TypeError(f"preemption must be Preemption(…), got {preemption!r}")
+        if self._state is None and mirror is not None:
+            raise ValueError("a manager that is opened for reading has no mirror: give it a state")
         coordinator = Solo() if self._state is None else current(coordinator)
         self._ranks = Ranks(coordinator)
         self._watch = Watch(preemption)
@@ -139,6 +160,9 @@ class CheckpointManager:
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         weakref.finalize(self, self._watch.signals.uninstall)
+        self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror)
+        mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
+        self._roots = Roots(root=self._repository, mirror=mirrored, emit=_weakly(self))
         weakref.finalize(self, self._engine.forget)
         self._half_restored: str | None = None
         self._is_closed = False
@@ -203,7 +227,7 @@ class CheckpointManager:
         self._watch.signals.install()
         outlook = self._boundary.look(check_step(step))
         if outlook.notice is not None:
-            self._watch.warn_if_late()
+            self._watch.hear(outlook.notice)
             self._save(step, metrics or {}, (), block=True, preempted=True)
             raise Preempted(f"{outlook.notice} arrived; step {step} is saved in {self.root}", step=step)
         if self._save_every is None or not self._save_every(step, outlook.seconds):
@@ -313,6 +337,7 @@ class CheckpointManager:
         self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
         if saved.pruned:
             self._emit(Pruned(root=self.root, steps=saved.pruned))
+        self._notify_mirror()
         return saved.checkpoint
 
     def _check_open_for_saving(self) -> Mapping[str, object]:
@@ -334,6 +359,7 @@ class CheckpointManager:
         if self._owner is None:
             self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=self._background.drain)
             self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
+            self._notify_mirror()
         self._owner.check()
         return self._owner
 
@@ -360,16 +386,18 @@ class CheckpointManager:
             The checkpoint, with ``values`` (the plain values of the state) and ``skipped``; None if the latest was
             asked for and the root has no checkpoint.
 
-        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. Names, shapes and
-        dtypes are compared before any live object is touched. *Not* promised: after an `IntegrityError` (or Ctrl-C)
-        in mid-read the live tensors may be a mixture; the manager then refuses to save until a restore succeeds.
+        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. With a mirror, it
+        is the newest intact one of both roots, read from where it is; others are looked for in the mirror after the
+        root. Names, shapes and dtypes are compared before any live object is touched. *Not* promised: after an
+        `IntegrityError` (or Ctrl-C) in mid-read the live tensors may be a mixture; the manager then refuses to save
+        until a restore succeeds.
 
         Raises:
             CheckpointNotFound: There is no such step, tag or metric.
             StateMismatch: The checkpoint and the live state disagree. Nothing was touched.
             IntegrityError: The checkpoint is damaged; for ``"latest"``: all of them are.
             FormatError: The checkpoint or the catalog is of a newer format, or no catalog record can be read.
-            StorageError: The medium failed.
+            StorageError: The medium failed; or the root has no checkpoint, and its mirror could not be read.
         """
         self._check_open()
         if self._state is None:
@@ -377,90 +405,49 @@ class CheckpointManager:
         began = time.monotonic()
         self._background.drain()
         with self._engine.paused():
-            if self._ranks.are_many:
-                checkpoint = self._restore_together(which, only, strict)
-            elif which == "latest":
-                checkpoint = self._restore_latest(only, strict)
-            else:
-                checkpoint = self._restore_one(which, only, strict)
+            checkpoint = self._recall(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
             self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
 
-    def _restore_one(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint:
-        entry = find(self._entries(), which, self.root)
-        try:
-            return self._load(entry, only, strict)
-        except IntegrityError as error:
-            if entry not in self._entries():
-                raise CheckpointNotFound(f"step {entry.step} of {self.root} was deleted while it was read") from error
-            raise
+    def _recall(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
+        def load(repository: Repository, entry: Entry, manifest: Manifest) -> Checkpoint:
+            return self._load(repository, entry, manifest, only=only, strict=strict)
 
-    def _restore_latest(self, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        skipped: dict[str, Skipped] = {}
-        entries = self._entries()
-        while entry := next((e for e in reversed(entries) if e.attempt not in skipped), None):
-            try:
-                checkpoint = self._load(entry, only, strict)
-            except IntegrityError as error:
-                entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
-                if entry in entries:
-                    skipped[entry.attempt] = self._pass_over(entry.step, str(error))
-                continue
-            return replace(checkpoint, skipped=tuple(skipped.values()))
-        if not skipped:
-            return None
-        raise all_damaged([(one.step, one.reason) for one in skipped.values()], self.root)
-
-    def _restore_together(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        def load(entry: Entry, manifest: Manifest) -> Checkpoint:
-            return self._load_together(entry, manifest, only, strict)
-
-        checkpoint, skipped = recall(
-            self._ranks, self._repository, which, entries=self._entries, load=load, pass_over=self._pass_over
-        )
+        checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:
         warnings.warn(
-            f"step {step} of {self.root} is damaged and was passed over for an older one: {reason}",
+            f"step {step} of {self.root} is damaged and was passed over for an older one, or a copy: {reason}",
             DamagedCheckpointWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         self._emit(Damaged(root=self.root, step=step, reason=reason))
         return Skipped(step=step, reason=reason)
 
-    def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
-        manifest = self._repository.manifest(entry)
-        restoration = self._prepare(manifest, only, strict)
-        with self._half_restoring(entry, restoration):
-            fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)
-            values = restoration.finish()
-        self._engine.borrowing.restored(manifest, restoration.targets.keys())
-        return replace(self._repository.checkpoint(entry), values=values)
-
-    def _load_together(
-        self, entry: Entry, manifest: Manifest, only: Collection[str] | None, strict: bool
+    def _load(
+        self, repository: Repository, entry: Entry, manifest: Manifest, *, only: Collection[str] | None, strict: bool
     ) -> Checkpoint:
-        """As ``_load``, on all ranks: each of the three steps is begun once all have done the one before."""
+        """Load *entry*, on all ranks: each of the three steps is begun once all have done the one before."""
+        assert self._state is not None
+        state, ranks, threads = self._state, self._ranks, self._limits.io_threads
         found: list[Restoration] = []
         values: list[dict[str, object]] = []
-        threads = self._limits.io_threads
-        self._ranks.do(lambda: found.append(self._prepare(manifest, only, strict)))
-        with self._half_restoring(entry, found[0]):
-            self._ranks.do(lambda: fill(self._storage, manifest, found[0].targets, threads=threads))
-            self._ranks.do(lambda: values.append(found[0].finish()))
-        self._engine.borrowing.restored(manifest, found[0].targets.keys())
-        return replace(self._repository.checkpoint(entry), values=values[0])
 
-    def _prepare(self, manifest: Manifest, only: Collection[str] | None, strict: bool) -> Restoration:
-        assert self._state is not None
-        ranks = self._ranks
-        return prepare(
-            self._state, manifest, only=only, strict=strict, rng=self._rng, rank=ranks.rank, world_size=ranks.world_size
-        )
+        def compare() -> None:
+            rank, size = ranks.rank, ranks.world_size
+            found.append(prepare(state, manifest, only=only, strict=strict, rng=self._rng, rank=rank, world_size=size))
+
+        ranks.do(compare)
+        with self._half_restoring(entry, found[0]):
+            ranks.do(lambda: fill(repository.storage, manifest, found[0].targets, threads=threads))
+            ranks.do(lambda: values.append(found[0].finish()))
+        if repository is self._repository:  # the files of a mirror cannot be pointed at from here
+            self._engine.borrowing.restored(manifest, found[0].targets.keys())
+        return replace(repository.checkpoint(entry), values=values[0])
 
     @contextmanager
     def _half_restoring(self, entry: Entry, restoration: Restoration) -> Iterator[None]:
@@ -476,25 +463,16 @@ class CheckpointManager:
 
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first: one listing and one read. Raises StorageError, FormatError."""
-        return [self._repository.checkpoint(entry) for entry in self._entries()]
+        return [self._repository.checkpoint(entry) for entry in self._roots.entries()]
 
     def latest(self) -> Checkpoint | None:
         """The most recently committed checkpoint; None if there is none. Loads nothing, checks no data."""
-        entries = self._entries()
+        entries = self._roots.entries()
         return self._repository.checkpoint(entries[-1]) if entries else None
 
     def best(self, metric: str, mode: Mode = "min") -> Checkpoint | None:
         """The best checkpoint by *metric*; None if none has a number for it. Of equals the later one."""
         return next(iter(keep_rules.ranked(self.checkpoints(), metric, mode)), None)
-
-    def _entries(self) -> tuple[Entry, ...]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            entries = self._repository.entries()
-        for one in caught:
-            warnings.warn(one.message, one.category, stacklevel=4)
-            self._emit(Damaged(root=self.root, step=None, reason=str(one.message)))
-        return entries
 
     # ------------------------------------------------------------------ changing the catalog
 
@@ -523,16 +501,14 @@ class CheckpointManager:
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
         self._background.drain()
-        if self._ranks.are_many:
-            self._ranks.do(lambda: self._ranks.rank or self._own().commit(change, what))
-        else:
-            self._own().commit(change, what)
+        self._ranks.do(lambda: self._ranks.rank or self._own().commit(change, what))
+        self._notify_mirror()
 
     # ------------------------------------------------------------------ draining
 
     def wait(self, timeout: float | None = None) -> None:
         """
-        Wait until nothing is under way.
+        Wait until nothing is under way. A mirror is not waited for.
 
         Raises:
             TimeoutError: *timeout* seconds were not enough; the save goes on.
@@ -545,11 +521,16 @@ class CheckpointManager:
         """
         Wait for what is under way, let go of the root and of the signal handlers. Calling it again does nothing.
 
+        With a mirror, it then waits until the newest checkpoint is there too, as long as `Mirror` says.
+
         Raises:
             SaveFailed, Fenced, CommitUnknown: As ``wait``, after everything was let go.
+            RuntimeError: A hook called this.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
+        if self._mirroring is not None:
+            self._mirroring.refuse_its_thread()
         self._background.drain()
         self._is_closed = True
         self._watch.signals.uninstall()
@@ -557,6 +538,8 @@ class CheckpointManager:
         if self._owner is not None:
             self._owner.release()
         self._ranks.close()
+        if self._mirroring is not None:
+            self._mirroring.close(waits=not self._watch.has_noticed)
         self._raise_uncollected()
 
     def __enter__(self) -> Self:
@@ -578,9 +561,34 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
+    def _notify_mirror(self) -> None:
+        if self._mirroring is not None and self._ranks.rank == 0:
+            self._mirroring.notify()
+
     def _emit(self, event: Event) -> None:
         for hook in self._hooks:
             try:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
+
+
+def _mirroring(
+    manager: CheckpointManager, source: Storage, mirror: str | os.PathLike[str] | Storage | Mirror
+) -> Mirroring:
+    """Its thread ends with the manager."""
+    mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), _weakly(manager))
+    weakref.finalize(manager, mirroring.stop)
+    return mirroring
+
+
+def _weakly(manager: CheckpointManager) -> Callable[[Event], None]:
+    """Emits events of *manager*, and does not keep it alive: one that nobody refers to any more lets go of all."""
+    reached = weakref.WeakMethod(manager._emit)
+
+    def emit(event: Event) -> None:
+        tell = reached()
+        if tell is not None:
+            tell(event)
+
+    return emit

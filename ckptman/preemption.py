@@ -134,11 +134,16 @@ class Watch:
                 self._grace_s,
             )
 
-    def warn_if_late(self) -> None:
-        """Say so if the save that begins now will hardly be done in time."""
-        left_s = self._ends_at - self._now()
-        if self._noticed is not None:
-            left_s = min(left_s, self._grace_s - (self._clock() - self._noticed_at))
+    @property
+    def has_noticed(self) -> bool:
+        """Whether the job is about to be stopped, as far as this rank knows."""
+        return self.signals.received is not None or self._noticed is not None
+
+    def hear(self, notice: str) -> None:
+        """The job is about to be stopped, as some rank was told. Say so if the save will hardly be done in time."""
+        if self._noticed is None:
+            self._noticed, self._noticed_at = notice, self._clock()
+        left_s = min(self._ends_at - self._now(), self._grace_s - (self._clock() - self._noticed_at))
         if self._longest_save_s > left_s:
             _log.warning(
                 "a save took up to %.0f s here, and about %.0f s are left: the last checkpoint may not be committed",

@@ -81,6 +81,8 @@ class Ranks:
                 class and with the same text on every rank. One of another tree is raised as a plain `CkptmanError`.
             RankLost: A rank went away. Unless this is rank 0, *conclusion* may have been reached all the same.
         """
+        if not self.are_many:
+            return conclusion([part()])
         mine, error = self._try(part)
         parts = self._coordinator.gather(msgspec.msgpack.encode(mine))
         answer: bytes | None = None

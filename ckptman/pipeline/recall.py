@@ -1,7 +1,8 @@
 """
-Which checkpoint all ranks restore: rank 0 resolves it; if any finds damage, all walk back to the same older one.
+Which checkpoint is restored: rank 0 resolves it; if any finds damage, all walk back to the same other one.
 
-Rank 0 reads the catalog and the manifest and tells both, so these are read once, however many ranks there are.
+Rank 0 reads the catalog and the manifest and tells both, so these are read once, however many ranks there are. A
+process alone is the job of one rank.
 """
 
 from __future__ import annotations
@@ -14,47 +15,43 @@ from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Manifest, read_manifest
 from ckptman.pipeline.ranks import Ranks
-from ckptman.repository.repository import Repository, Which, find
+from ckptman.repository.both import Placed
+from ckptman.repository.repository import Repository, Which
+from ckptman.repository.roots import Roots
 from ckptman.types import Checkpoint, Skipped
 
 
 class _Damage(msgspec.Struct, frozen=True, array_like=True):
-    """Why an attempt was passed over."""
+    """Why a checkpoint was passed over; ``key`` is that of `Placed`."""
 
-    attempt: str
+    key: tuple[str, bool]
     step: int
     reason: str
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """What to restore next (None: there is nothing), and all that was passed over so far."""
+    """What to restore next (None: there is nothing), where it is, and all that was passed over so far."""
 
     entry: Entry | None
+    is_mirrored: bool
     manifest: bytes
     passed_over: list[_Damage]
 
 
-Load = Callable[[Entry, Manifest], Checkpoint]
+Load = Callable[[Repository, Entry, Manifest], Checkpoint]
 """Loads a checkpoint on all ranks, or raises the same on all; IntegrityError where one of them found damage."""
 
 
 def recall(
-    ranks: Ranks,
-    repository: Repository,
-    which: Which,
-    *,
-    entries: Callable[[], Sequence[Entry]],
-    load: Load,
-    pass_over: Callable[[int, str], Skipped],
+    ranks: Ranks, roots: Roots, which: Which, *, load: Load, pass_over: Callable[[int, str], Skipped]
 ) -> tuple[Checkpoint | None, tuple[Skipped, ...]]:
     """
     Load the checkpoint that *which* means on all ranks. Collective.
 
     Args:
         ranks: All of them.
-        repository: The root.
+        roots: Where checkpoints are; looked at by rank 0.
         which: As `CheckpointManager.restore` takes it.
-        entries: Called on rank 0: what exists.
         load: Called on all ranks.
         pass_over: Called on all ranks with the step and the reason for each checkpoint that is passed over.
 
@@ -63,76 +60,65 @@ def recall(
 
     Raises:
         CkptmanError: As `CheckpointManager.restore` says; the same on every rank.
+        RankLost: A rank went away.
     """
     passed_over: list[_Damage] = []
-    damaged: tuple[Entry, IntegrityError] | None = None
+    damaged: tuple[Placed, IntegrityError] | None = None
     while True:
-        chosen = _choose(ranks, repository, which, entries, passed_over, damaged)
+        chosen = _choose(ranks, roots, which, passed_over, damaged)
         for damage in chosen.passed_over[len(passed_over) :]:
             pass_over(damage.step, damage.reason)
         passed_over = chosen.passed_over
         skipped = tuple(Skipped(step=damage.step, reason=damage.reason) for damage in passed_over)
         if chosen.entry is None:
             return None, skipped
+        placed = Placed(chosen.entry, chosen.is_mirrored)
         try:
-            return load(chosen.entry, read_manifest(chosen.manifest, chosen.entry.attempt)), skipped
+            manifest = read_manifest(chosen.manifest, chosen.entry.attempt)
+            return load(roots.of(placed), chosen.entry, manifest), skipped
         except IntegrityError as error:
-            damaged = chosen.entry, error
+            damaged = placed, error
 
 
 def _choose(
     ranks: Ranks,
-    repository: Repository,
+    roots: Roots,
     which: Which,
-    entries: Callable[[], Sequence[Entry]],
     passed_over: list[_Damage],
-    damaged: tuple[Entry, IntegrityError] | None,
+    damaged: tuple[Placed, IntegrityError] | None,
 ) -> _Chosen:
     def choose(_: list[bytes]) -> bytes:
         over, fault = list(passed_over), damaged
         while True:
-            found = entries()
             if fault is not None:
-                _judge(*fault, which, over, found, repository.storage.url)
-            entry = _next(found, which, over, repository.storage.url)
-            if entry is None:
-                return msgspec.msgpack.encode(_Chosen(None, b"", over))
+                _judge(*fault, roots, which, over)
+            placed = roots.choose(which, {damage.key for damage in over})
+            if placed is None:
+                if over:
+                    raise all_damaged(over, roots.root.storage.url) if which == "latest" or fault is None else fault[1]
+                return msgspec.msgpack.encode(_Chosen(None, False, b"", over))
             try:
-                data = repository.manifest_data(entry)
+                data = roots.of(placed).manifest_data(placed.entry)
             except IntegrityError as error:
-                fault = entry, error
+                fault = placed, error
             else:
-                return msgspec.msgpack.encode(_Chosen(entry, data, over))
+                return msgspec.msgpack.encode(_Chosen(placed.entry, placed.is_mirrored, data, over))
 
     return msgspec.msgpack.decode(ranks.conclude(bytes, choose), type=_Chosen)
 
 
-def _judge(
-    entry: Entry, error: IntegrityError, which: Which, over: list[_Damage], found: Sequence[Entry], url: str
-) -> None:
-    """Note that *entry* is damaged, if the latest is wanted. One that was dropped while it was read is not damaged."""
-    if entry not in found:
-        if which != "latest":
-            raise CheckpointNotFound(f"step {entry.step} of {url} was deleted while it was read") from error
+def _judge(placed: Placed, error: IntegrityError, roots: Roots, which: Which, over: list[_Damage]) -> None:
+    """Note that *placed* is damaged. One that was dropped while it was read is not, and newer ones may exist."""
+    if roots.lists(placed):
+        over.append(_Damage(placed.key, placed.entry.step, str(error)))
     elif which != "latest":
-        raise error
-    else:
-        over.append(_Damage(entry.attempt, entry.step, str(error)))
+        url = roots.of(placed).storage.url
+        raise CheckpointNotFound(f"step {placed.entry.step} of {url} was deleted while it was read") from error
 
 
-def _next(found: Sequence[Entry], which: Which, over: list[_Damage], url: str) -> Entry | None:
-    if which != "latest":
-        return find(found, which, url)
-    attempts = {damage.attempt for damage in over}
-    entry = next((entry for entry in reversed(found) if entry.attempt not in attempts), None)
-    if entry is None and over:
-        raise all_damaged([(damage.step, damage.reason) for damage in over], url)
-    return entry
-
-
-def all_damaged(damages: Sequence[tuple[int, str]], url: str) -> IntegrityError:
+def all_damaged(damages: Sequence[_Damage], url: str) -> IntegrityError:
     """What is raised where every checkpoint of the root at *url* is damaged."""
-    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damages)
+    reasons = "; ".join(f"step {damage.step}: {damage.reason}" for damage in damages)
     return IntegrityError(
         f"all {len(damages)} checkpoints of {url} are damaged, and none was restored: {reasons}. "
         "'ckptman verify' lists all damage; use another root to start afresh"

@@ -11,7 +11,7 @@ from ckptman.format.manifest import Chunk, File, Tensor
 from ckptman.format.names import data_key
 from ckptman.pipeline.arena import Arena, Slot
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
-from ckptman.storage.base import NewFile, Storage
+from ckptman.storage.base import Expects, NewFile, Storage
 
 Result = TypeVar("Result")
 
@@ -36,6 +36,8 @@ def write_files(
             path = data_key(attempt, file.component)
             digesting = _Digesting(file)
             with storage.open_new(path) as out:
+                if isinstance(out, Expects):
+                    out.expect(file.layout.nbytes)
                 for segment in file.segments:
                     slot = next(slots)
                     try:

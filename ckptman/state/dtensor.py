@@ -19,6 +19,10 @@ from ckptman.errors import UnsupportedState
 _FSDP2 = "torch.distributed.fsdp._fully_shard"
 
 
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""Where a part begins in the whole, and its shape."""
+
+
 class Shard(NamedTuple):
     """A box of a tensor: where it begins, and its values, which share memory with the whole's."""
 
@@ -35,8 +39,10 @@ def is_sharded(tensor: object) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of *tensor*, detached; of a plain tensor the tensor itself, detached."""
-    whole: Any = tensor.detach()
-    found: torch.Tensor = whole.to_local() if is_sharded(tensor) else whole
+    if not is_sharded(tensor):
+        return tensor.detach()
+    with torch.no_grad():  # detaching the DTensor itself takes a hundred times as long
+        found: torch.Tensor = _as_any(tensor).to_local().detach()
     return found
 
 
@@ -50,11 +56,14 @@ def shards(tensor: torch.Tensor, path: str = "the tensor") -> list[Shard]:
     if not is_sharded(tensor):
         return [Shard((0,) * tensor.dim(), tensor.detach())]
     part, whole = local(tensor), _as_any(tensor)
-    if whole.device_mesh.get_coordinate() is None:
+    coordinate = whole.device_mesh.get_coordinate()
+    if coordinate is None:
         return []
+    # placements are compared as text: some versions of torch take two different ones for equal
+    facts = whole.device_mesh, tuple(coordinate), repr(whole.placements), tuple(whole.shape)
     try:
-        offset, extent = _box(whole)
-    except RuntimeError as error:
+        offset, extent = _known(facts) or _learnt(facts, _box(whole))
+    except (RuntimeError, ValueError) as error:
         raise UnsupportedState(f"cannot save {path}: {error}. Redistribute it first", path=path) from error
     if extent != tuple(part.shape):
         raise UnsupportedState(
@@ -65,7 +74,22 @@ def shards(tensor: torch.Tensor, path: str = "the tensor") -> list[Shard]:
     return [Shard(offset, part)]
 
 
-def _box(whole: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+_BOXES: dict[object, Box] = {}  # torch takes long to say it, and says the same for all tensors of one shape
+_MAX_BOXES = 10_000
+
+
+def _known(facts: object) -> Box | None:
+    return _BOXES.get(facts)
+
+
+def _learnt(facts: object, box: Box) -> Box:
+    if len(_BOXES) >= _MAX_BOXES:
+        _BOXES.clear()
+    _BOXES[facts] = box
+    return box
+
+
+def _box(whole: Any) -> Box:
     if hasattr(whole, "__create_chunk_list__"):
         chunks = whole.__create_chunk_list__()
         if len(chunks) != 1:

@@ -108,10 +108,10 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     fast.signals.received = "SIGTERM"
     assert fast.look() == "SIGTERM"
     clock.at += 9
-    fast.warn_if_late()
+    fast.hear("SIGTERM")
     assert not caplog.records
     clock.at += 2
-    fast.warn_if_late()
+    fast.hear("SIGTERM")
     assert "a save took up to 20 s here, and about 19 s are left" in caplog.text
 
 
