@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, NoReturn
 
 import click
@@ -26,6 +27,8 @@ _HOMES = {
     "tag": "tags",
     "untag": "tags",
     "delete": "delete",
+    "import": "import_",
+    "export": "export",
 }
 """Each command, and the module of this package that has it under its own name."""
 
@@ -40,7 +43,8 @@ class LazyGroup(click.Group):
         home = _HOMES.get(cmd_name)
         if home is None:
             return None
-        command = getattr(import_module(f"ckptman.cli.{home}"), cmd_name)
+        name = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        command = getattr(import_module(f"ckptman.cli.{home}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -22,6 +22,7 @@ BLOCKS = {
     "docs/how-to/resume.md": 6,
     "docs/how-to/retention.md": 3,
     "docs/how-to/recover-from-damage.md": 5,
+    "docs/how-to/convert.md": 1,
     "docs/reference/api.md": 2,
     "docs/reference/format.md": 1,
 }

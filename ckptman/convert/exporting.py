@@ -1,0 +1,124 @@
+"""Export: one checkpoint of a root becomes a file or a directory that other tools read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptman.convert import optimizers, safetensors_file, torch_file
+from ckptman.convert.placing import new_file, placed, refuse_taken
+from ckptman.convert.stored import StoredCheckpoint
+from ckptman.repository.repository import Which
+from ckptman.storage.base import Storage
+from ckptman.storage.opening import open_storage
+from ckptman.types import Checkpoint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """
+    What an export did.
+
+    Attributes:
+        checkpoint: What was exported.
+        path: Where it lies.
+        nbytes: Bytes of the files.
+        components: Those that it holds.
+        left_out: What it does not hold, one sentence each.
+    """
+
+    checkpoint: Checkpoint
+    path: Path
+    nbytes: int
+    components: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What an export is asked for, besides the checkpoint: see `export_checkpoint`."""
+
+    config: Path | None
+    shard_nbytes: int
+
+
+Writer = Callable[[StoredCheckpoint, Path, Wanted], Exported]
+
+
+def export_checkpoint(
+    root: str | os.PathLike[str] | Storage,
+    which: Which,
+    out: str | os.PathLike[str],
+    *,
+    to: str,
+    components: Collection[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    shard_nbytes: int = 5_000_000_000,
+) -> Exported:
+    """
+    Write a checkpoint in another tool's format. Every byte is checked on the way, and durable when this returns.
+
+    *out* appears when it is complete: until then it is written beside it. Memory is taken for 64 MiB of tensors, or for
+    the largest one if that is larger. The root is not changed, and no lock is taken.
+
+    Args:
+        root: As for `CheckpointManager`.
+        which: ``"latest"``, a step, ``"best:METRIC:min"`` (or ``:max``), or a tag.
+        out: A new path (or an empty directory).
+        to: ``"torch"``: one file for ``torch.load(…, weights_only=True)``, a dict of the components' states.
+            ``"safetensors"``: one file of all tensors; the values are in its metadata, so that importing it again
+            gives the same checkpoint.
+        components: Which ones; None for all.
+        config: The model's ``config.json``, for ``"hf"``, where the checkpoint has none.
+        shard_nbytes: Where to begin a further file of weights, for ``"hf"``.
+
+    Raises:
+        CheckpointNotFound: There is no such checkpoint or component.
+        UnsupportedState: The format cannot hold something; the message names it.
+        IntegrityError: The checkpoint is damaged. Nothing was exported.
+        StorageError: *out* exists, or a medium failed. Nothing was exported.
+        ValueError: *to* is no format.
+    """
+    writer = _WRITERS.get(to)
+    if writer is None:
+        raise ValueError(f"to={to!r} is no format; there are {', '.join(_WRITERS)}")
+    if shard_nbytes < 1:
+        raise ValueError(f"shard_nbytes must be positive, got {shard_nbytes}")
+    path = Path(out)
+    refuse_taken(path)
+    only = None if components is None else ({components} if isinstance(components, str) else set(components))
+    source = StoredCheckpoint(open_storage(root), which, only)
+    wanted = Wanted(config=None if config is None else Path(config), shard_nbytes=shard_nbytes)
+    return writer(source, path, wanted)
+
+
+def states(source: StoredCheckpoint) -> dict[str, Any]:
+    """The state of every component as its live object would give it; optimizers by position."""
+    return {name: _state(source.kind(name), source.tree(name)) for name in source.components}
+
+
+def _state(kind: str, tree: Any) -> Any:
+    if kind == "module":
+        return dict(tree["entries"])
+    return optimizers.positional(tree) if kind == "optimizer" else tree
+
+
+def _to_torch(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
+    with placed(path) as temporary, new_file(temporary) as out:
+        nbytes = torch_file.write(out, states(source), source)
+    return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
+
+
+def _to_safetensors(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
+    with placed(path) as temporary, new_file(temporary) as out:
+        nbytes = safetensors_file.write(out, source)
+    return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
+
+
+_WRITERS: Mapping[str, Writer] = {"safetensors": _to_safetensors, "torch": _to_torch}
+
+FORMATS = tuple(_WRITERS)
+"""What ``to`` may be."""
