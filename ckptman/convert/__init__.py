@@ -6,7 +6,8 @@ and promised bytes (``foreign``), and writes a checkpoint of ours (``stored``) t
 said once: reading pickles without running them (``unpickling``), the way in (``importing``), and out (``exporting``).
 """
 
-from ckptman.convert.exporting import Exported, export_checkpoint
+from ckptman.convert.exported import Exported
+from ckptman.convert.exporting import export_checkpoint
 from ckptman.convert.importing import Imported, import_checkpoint
 
 __all__ = ["Exported", "Imported", "export_checkpoint", "import_checkpoint"]

@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptman.convert import optimizers, safetensors_file, torch_file
+from ckptman.convert import huggingface, optimizers, safetensors_file, torch_file
+from ckptman.convert.exported import Exported, Wanted
 from ckptman.convert.placing import new_file, placed, refuse_taken
 from ckptman.convert.stored import StoredCheckpoint
 from ckptman.repository.repository import Which
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
-from ckptman.types import Checkpoint
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exported:
-    """
-    What an export did.
-
-    Attributes:
-        checkpoint: What was exported.
-        path: Where it lies.
-        nbytes: Bytes of the files.
-        components: Those that it holds.
-        left_out: What it does not hold, one sentence each.
-    """
-
-    checkpoint: Checkpoint
-    path: Path
-    nbytes: int
-    components: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """What an export is asked for, besides the checkpoint: see `export_checkpoint`."""
-
-    config: Path | None
-    shard_nbytes: int
-
 
 Writer = Callable[[StoredCheckpoint, Path, Wanted], Exported]
 
@@ -70,7 +40,8 @@ def export_checkpoint(
         out: A new path (or an empty directory).
         to: ``"torch"``: one file for ``torch.load(…, weights_only=True)``, a dict of the components' states.
             ``"safetensors"``: one file of all tensors; the values are in its metadata, so that importing it again
-            gives the same checkpoint.
+            gives the same checkpoint. ``"hf"``: a directory that ``from_pretrained`` loads: the weights of one module
+            and its configuration.
         components: Which ones; None for all.
         config: The model's ``config.json``, for ``"hf"``, where the checkpoint has none.
         shard_nbytes: Where to begin a further file of weights, for ``"hf"``.
@@ -118,7 +89,4 @@ def _to_safetensors(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported
     return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
 
 
-_WRITERS: Mapping[str, Writer] = {"safetensors": _to_safetensors, "torch": _to_torch}
-
-FORMATS = tuple(_WRITERS)
-"""What ``to`` may be."""
+_WRITERS: Mapping[str, Writer] = {"hf": huggingface.write, "safetensors": _to_safetensors, "torch": _to_torch}

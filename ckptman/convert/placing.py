@@ -60,6 +60,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
+def new_folder(path: Path) -> None:
+    """A new directory at *path*."""
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise StorageError.from_os(error, f"making {path}") from error
+
+
 def _persist_folder(path: Path) -> None:
     if os.name == "nt":
         return  # a directory cannot be opened there, and needs not be
