@@ -11,7 +11,7 @@ from ckptman.cli._render import note, print_json, print_text, size
 from ckptman.errors import CkptmanError
 from ckptman.storage.base import Storage
 
-FORMATS = ("hf", "safetensors", "torch")
+FORMATS = ("hf", "safetensors", "torch", "dcp")
 
 
 @click.command(short_help="Write one for another tool.")

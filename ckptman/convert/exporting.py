@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckptman.convert import huggingface, optimizers, safetensors_file, torch_file
+from ckptman.convert import dcp, huggingface, optimizers, safetensors_file, torch_file
 from ckptman.convert.exported import Exported, Wanted
 from ckptman.convert.placing import new_file, placed, refuse_taken
 from ckptman.convert.stored import StoredCheckpoint
@@ -41,7 +41,7 @@ def export_checkpoint(
         to: ``"torch"``: one file for ``torch.load(…, weights_only=True)``, a dict of the components' states.
             ``"safetensors"``: one file of all tensors; the values are in its metadata, so that importing it again
             gives the same checkpoint. ``"hf"``: a directory that ``from_pretrained`` loads: the weights of one module
-            and its configuration.
+            and its configuration. ``"dcp"``: a directory for ``torch.distributed.checkpoint``, optimizers by name.
         components: Which ones; None for all.
         config: The model's ``config.json``, for ``"hf"``, where the checkpoint has none.
         shard_nbytes: Where to begin a further file of weights, for ``"hf"``.
@@ -66,20 +66,16 @@ def export_checkpoint(
     return writer(source, path, wanted)
 
 
-def states(source: StoredCheckpoint) -> dict[str, Any]:
-    """The state of every component as its live object would give it; optimizers by position."""
-    return {name: _state(source.kind(name), source.tree(name)) for name in source.components}
-
-
-def _state(kind: str, tree: Any) -> Any:
-    if kind == "module":
-        return dict(tree["entries"])
-    return optimizers.positional(tree) if kind == "optimizer" else tree
+def states(source: StoredCheckpoint, optimizer: Callable[[Any], Any]) -> dict[str, Any]:
+    """The state of every component as its live object would give it; of an optimizer what *optimizer* makes of it."""
+    trees = {name: source.tree(name) for name in source.components}
+    made = {"module": lambda tree: dict(tree["entries"]), "optimizer": optimizer}
+    return {name: made[kind](tree) if (kind := source.kind(name)) in made else tree for name, tree in trees.items()}
 
 
 def _to_torch(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
     with placed(path) as temporary, new_file(temporary) as out:
-        nbytes = torch_file.write(out, states(source), source)
+        nbytes = torch_file.write(out, states(source, optimizers.positional), source)
     return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
 
 
@@ -89,4 +85,13 @@ def _to_safetensors(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported
     return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
 
 
-_WRITERS: Mapping[str, Writer] = {"hf": huggingface.write, "safetensors": _to_safetensors, "torch": _to_torch}
+def _to_dcp(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
+    return dcp.write(source, path, lambda: states(source, optimizers.by_name))
+
+
+_WRITERS: Mapping[str, Writer] = {
+    "dcp": _to_dcp,
+    "hf": huggingface.write,
+    "safetensors": _to_safetensors,
+    "torch": _to_torch,
+}

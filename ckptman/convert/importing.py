@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptman.convert import capturing, huggingface, optimizers, safetensors_file, torch_file
+from ckptman.convert import capturing, dcp, huggingface, optimizers, safetensors_file, torch_file
 from ckptman.convert.files import Files
 from ckptman.convert.foreign import Foreign, Part, as_kind, raw
 from ckptman.errors import FormatError, SaveFailed
@@ -127,6 +127,8 @@ def _reader(path: Path, files: Files) -> Reader:
 
 
 def _directory_reader(path: Path) -> Reader:
+    if dcp.is_directory_of(path):
+        return dcp.read
     if huggingface.is_directory_of(path):
         return huggingface.read
     names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"

@@ -85,3 +85,16 @@ def positional(tree: Any) -> dict[str, Any]:
         )
     state = {numbers[name]: value for name, value in tree["state"].items()}
     return {"state": {**state, **tree.get("other", {})}, "param_groups": groups}
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """
+    The state of an optimizer of ours as ``get_optimizer_state_dict`` gives it: by name, without the component.
+
+    Where two components own its parameters, and one name is in both, it stays by position.
+    """
+    names = {name: name.partition("/")[2] for group in tree["groups"] for name in group["members"]}
+    if len(set(names.values())) != len(names) or tree.get("other"):
+        return positional(tree)
+    groups = [{**group["settings"], "params": [names[name] for name in group["members"]]} for group in tree["groups"]]
+    return {"state": {names[name]: value for name, value in tree["state"].items()}, "param_groups": groups}

@@ -14,6 +14,7 @@ import pickle
 import struct
 import zipfile
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,14 +142,26 @@ def write(out: BinaryIO, tree: Any, source: StoredCheckpoint) -> int:
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(_readable(tree, "state"))
+    arrays: Iterator[tuple[str, Buffer]] = ((key, array.tobytes()) for key, array in pickler.arrays.items())
+    tensors = ((pickler.tensors[stored], data) for stored, data in source.tensors(list(pickler.tensors)))
+    return _write_archive(out, pickled.getvalue(), itertools.chain(arrays, tensors))
+
+
+def write_tensor(out: BinaryIO, stored: StoredTensor, data: Buffer) -> int:
+    """Write one tensor, with its bytes *data*, as ``torch.save(tensor, …)`` would; return the bytes."""
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(stored)
+    return _write_archive(out, pickled.getvalue(), [(pickler.tensors[stored], data)])
+
+
+def _write_archive(out: BinaryIO, pickled: bytes, storages: Iterable[tuple[str, Buffer]]) -> int:
     shifted = _Shifted(out)
     with zipfile.ZipFile(shifted, "w", zipfile.ZIP_STORED) as archive:
-        _record(archive, shifted, "data.pkl", pickled.getvalue())
+        _record(archive, shifted, "data.pkl", pickled)
         _record(archive, shifted, "byteorder", b"little")
-        for key, array in pickler.arrays.items():
-            _record(archive, shifted, f"data/{key}", array.tobytes())
-        for stored, data in source.tensors(list(pickler.tensors)):
-            _record(archive, shifted, f"data/{pickler.tensors[stored]}", data)
+        for key, data in storages:
+            _record(archive, shifted, f"data/{key}", data)
         _record(archive, shifted, "version", b"3\n")
     return shifted.tell()
 

@@ -15,7 +15,7 @@ import pickletools
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from ckptman.errors import FormatError, UnsupportedState
 
@@ -50,7 +50,20 @@ Table = Mapping[str, object]
 """``module.name`` → a `Make`, or the value that the name stands for."""
 
 
-def read_pickle(data: bytes, table: Table, persistent: Callable[[object], object], where: str) -> Any:
+Value = TypeVar("Value")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def read_pickle(
+    data: bytes,
+    table: Table,
+    persistent: Callable[[object], object],
+    where: str,
+    checked: Callable[[Any], Value] = _as_it_is,
+) -> Value:
     """
     The value that the pickle *data* describes.
 
@@ -59,6 +72,7 @@ def read_pickle(data: bytes, table: Table, persistent: Callable[[object], object
         table: The names that it may use.
         persistent: What its persistent ids stand for.
         where: The file, for messages.
+        checked: Returns the value if it is what the caller wants; raises TypeError or ValueError if not.
 
     Raises:
         UnsupportedState: It needs a name that is not in *table*, or an opcode that plain data does not need.
@@ -69,11 +83,11 @@ def read_pickle(data: bytes, table: Table, persistent: Callable[[object], object
         value = machine.run(data)
         if _nodes(value, {}, 1) > MAX_NODES:
             raise FormatError("its values are too many to be plausible: it repeats itself on purpose")
+        return checked(value)
     except UnsupportedState:
         raise  # it is a TypeError, too
     except _MALFORMED as error:
         raise FormatError(f"{where} is damaged, or no pickle of plain data: {error}") from error
-    return value
 
 
 _MALFORMED = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, EOFError, struct.error)
