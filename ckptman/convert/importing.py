@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckptman.convert import capturing, dcp, huggingface, optimizers, safetensors_file, torch_file
+from ckptman.convert import accelerate, capturing, dcp, huggingface, optimizers, safetensors_file, torch_file
 from ckptman.convert.files import Files
 from ckptman.convert.foreign import Foreign, Part, as_kind, raw
 from ckptman.errors import FormatError, SaveFailed
@@ -127,12 +127,18 @@ def _reader(path: Path, files: Files) -> Reader:
 
 
 def _directory_reader(path: Path) -> Reader:
-    if dcp.is_directory_of(path):
-        return dcp.read
-    if huggingface.is_directory_of(path):
-        return huggingface.read
+    for is_directory_of, reader in _DIRECTORIES:
+        if is_directory_of(path):
+            return reader
     names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
     raise FormatError(f"{path} is no checkpoint directory that is known: it holds {names}")
+
+
+_DIRECTORIES: tuple[tuple[Callable[[Path], bool], Reader], ...] = (
+    (dcp.is_directory_of, dcp.read),
+    (accelerate.is_directory_of, accelerate.read),
+    (huggingface.is_directory_of, huggingface.read),
+)
 
 
 def _rekinded(found: Foreign, kinds: Mapping[str, str]) -> dict[str, Part]:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from ckptman.convert import lightning
 from ckptman.convert.files import Files, Window
 from ckptman.convert.foreign import Foreign, Part, guessed, is_module, is_optimizer
 from ckptman.convert.stored import StoredCheckpoint, StoredTensor
@@ -38,8 +39,10 @@ MAGIC = b"PK\x03\x04"
 
 
 def read(path: Path, files: Files) -> Foreign:
-    """The components of the file at *path*: its top-level keys, or one if it is a single state."""
+    """The components of the file at *path*: its top-level keys, or one for a single state; or Lightning's."""
     tree = load(files.open(path).whole())
+    if lightning.is_checkpoint(tree):
+        return lightning.parts_of(tree)
     return Foreign(format="a file of torch.save", parts=split(tree))
 
 
