@@ -27,6 +27,8 @@ _HOMES = {
     "tag": "tags",
     "untag": "tags",
     "delete": "delete",
+    "cp": "cp",
+    "doctor": "doctor",
     "import": "import_",
     "export": "export",
 }

@@ -188,7 +188,7 @@ class Engine:
         return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
 
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
-        return Staging(self._arena, self._planner, captured, without=borrowed.names, slots=slots)
+        return Staging(self._arena, self._planner, captured, without=borrowed.keys, slots=slots)
 
     def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
         optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]

@@ -78,6 +78,10 @@ class Repository:
             IntegrityError: It is missing, or its bytes differ from what was committed.
             FormatError: It is of a newer format.
         """
+        return read_manifest(self.manifest_data(entry), entry.attempt)
+
+    def manifest_data(self, entry: Entry) -> bytes:
+        """The bytes of the manifest of *entry*, checked. Raises as ``manifest`` does."""
         key = manifest_key(entry.attempt)
         try:
             data = self.storage.read(key, limit=MAX_MANIFEST_NBYTES)
@@ -89,7 +93,7 @@ class Repository:
                 step=entry.step,
                 file=key,
             )
-        return read_manifest(data, entry.attempt)
+        return data
 
 
 def checkpoint_of(entry: Entry, url: str) -> Checkpoint:

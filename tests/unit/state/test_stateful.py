@@ -167,7 +167,7 @@ def test_a_refusal_by_load_state_dict_is_ours() -> None:
         (np.array([object()]), "without pickle"),
         (np.zeros(4, dtype=[("a", "i4")]), "without pickle"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_what_only_lives_is_refused_with_its_path(value: object, hint: str) -> None:
     """The path reads like Python, and the hint says what to do."""
