@@ -183,7 +183,11 @@ def write(source: StoredCheckpoint, path: Path, states: Callable[[], dict[str, A
         with new_file(temporary / METADATA) as out:
             out.write(metadata)
     return Exported(
-        checkpoint=source.checkpoint, path=path, nbytes=nbytes + len(metadata), components=source.components
+        checkpoint=source.checkpoint,
+        path=path,
+        nbytes=nbytes + len(metadata),
+        components=source.components,
+        left_out=source.left_out,
     )
 
 

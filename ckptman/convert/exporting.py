@@ -76,13 +76,17 @@ def states(source: StoredCheckpoint, optimizer: Callable[[Any], Any]) -> dict[st
 def _to_torch(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
     with placed(path) as temporary, new_file(temporary) as out:
         nbytes = torch_file.write(out, states(source, optimizers.positional), source)
-    return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
+    return Exported(
+        checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components, left_out=source.left_out
+    )
 
 
 def _to_safetensors(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:
     with placed(path) as temporary, new_file(temporary) as out:
         nbytes = safetensors_file.write(out, source)
-    return Exported(checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components)
+    return Exported(
+        checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=source.components, left_out=source.left_out
+    )
 
 
 def _to_dcp(source: StoredCheckpoint, path: Path, _: Wanted) -> Exported:

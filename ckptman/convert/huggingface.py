@@ -175,7 +175,11 @@ def write(source: StoredCheckpoint, path: Path, wanted: Wanted) -> Exported:
     ]
     left_out += [f"{component}.{name}: no tensor" for name in tree if name not in entries]
     return Exported(
-        checkpoint=source.checkpoint, path=path, nbytes=nbytes, components=(component,), left_out=tuple(left_out)
+        checkpoint=source.checkpoint,
+        path=path,
+        nbytes=nbytes,
+        components=(component,),
+        left_out=(*left_out, *source.left_out),
     )
 
 

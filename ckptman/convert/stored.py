@@ -10,6 +10,7 @@ import torch
 
 from ckptman.errors import CheckpointNotFound, UnsupportedState
 from ckptman.format.manifest import Manifest, Tensor
+from ckptman.format.ranks import ranks_with_own
 from ckptman.format.values import ArrayRef, TensorRef
 from ckptman.pipeline.reading import fill
 from ckptman.repository.repository import Repository, Which, find
@@ -55,10 +56,15 @@ class StoredCheckpoint:
         self.storage = storage
         self.checkpoint = repository.checkpoint(entry)
         self.manifest: Manifest = repository.manifest(entry)
-        lacking = sorted(set(only or ()) - self.manifest.components.keys())
+        lacking = sorted(set(only or ()) - set(self.manifest.shared_components))
         if lacking:
             raise CheckpointNotFound(f"step {entry.step} has no component {', '.join(lacking)}")
-        self.components = tuple(name for name in self.manifest.components if only is None or name in only)
+        self.components = tuple(name for name in self.manifest.shared_components if only is None or name in only)
+        self.left_out = tuple(
+            f"{name}: what ranks other than the first have of their own, for which foreign formats have no place"
+            for name, ranks in ranks_with_own(self.manifest).items()
+            if ranks and name in self.components
+        )
         self._tensors = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._made: dict[str, StoredTensor] = {}
 
