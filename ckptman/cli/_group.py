@@ -21,6 +21,7 @@ _HOMES = {
     "verify": "verify",
     "diff": "diff",
     "log": "log",
+    "report": "report",
     "prune": "prune",
     "gc": "gc",
     "repair": "repair",
