@@ -148,7 +148,7 @@ class CheckpointManager:
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
         self._limits = limits
-        self._engine = Engine(self._state, limits, overlap=overlap)
+        self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         self._notices = Notices()
