@@ -29,6 +29,7 @@ from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.saving import Job, Saved, write_checkpoint
@@ -203,7 +204,8 @@ class CheckpointManager:
                 raise failure
             _log.error("an earlier save failed, and this process is about to end: saving step %d all the same", step)
         owner = self._own_to_save(step)
-        captured = capture(state, rng=self._rng)
+        with no_search_for_cycles():
+            captured = capture(state, rng=self._rng)
         job = Job(
             step=step,
             created_at=created_at,
@@ -357,8 +359,9 @@ class CheckpointManager:
 
     def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
         assert self._state is not None
-        manifest = self._repository.manifest(entry)
-        restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
+        with no_search_for_cycles():
+            manifest = self._repository.manifest(entry)
+            restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
         before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
         try:
             fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)

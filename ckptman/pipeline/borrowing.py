@@ -26,6 +26,7 @@ import torch
 
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import File, Manifest, Tensor
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.state.capture import Captured, Leaf
 from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
 
@@ -69,6 +70,7 @@ class Borrowing:
     def __init__(self) -> None:
         self._lender: _Lender | None = None
 
+    @no_search_for_cycles()
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
         before = self._lender

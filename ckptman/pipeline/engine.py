@@ -17,6 +17,7 @@ from ckptman.pipeline.arena import Arena, Slot, pages, pinned
 from ckptman.pipeline.background import Background, PendingSave
 from ckptman.pipeline.borrowing import Borrowed, Borrowing
 from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.overlap import Deferred, Overlap, addresses
 from ckptman.pipeline.planning import PlannedFile, Planner
 from ckptman.pipeline.staging import Staging
@@ -187,9 +188,11 @@ class Engine:
         uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
 
+    @no_search_for_cycles()
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
         return Staging(self._arena, self._planner, captured, without=borrowed.names, slots=slots)
 
+    @no_search_for_cycles()
     def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
         optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]
         return self.borrowing.find(captured, trained=addresses(optimizers), attempts=attempts)

@@ -35,6 +35,7 @@ from ckptman.format.digest import sha256
 from ckptman.format.manifest import Component, Manifest, write_manifest
 from ckptman.format.metrics import JsonMetrics
 from ckptman.format.names import Attempt, manifest_key
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Source
 from ckptman.pipeline.writing import write_files
 from ckptman.repository.changes import retained, with_checkpoint
@@ -125,7 +126,8 @@ def _write_attempt(owner: Ownership, job: Job, source: Source, attempt: str) -> 
         aliases={alias: name for part in job.captured.values() for alias, name in part.aliases.items()},
         environment=environment(),
     )
-    data = write_manifest(manifest)
+    with no_search_for_cycles():
+        data = write_manifest(manifest)
     with storage.open_new(manifest_key(attempt)) as out:
         out.write(data)
     storage.persist([attempt, ""])

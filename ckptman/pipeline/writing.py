@@ -11,6 +11,7 @@ from ckptman.format.manifest import Chunk, File, Tensor
 from ckptman.format.names import data_key
 from ckptman.format.safetensors_layout import Placed
 from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
 from ckptman.storage.base import NewFile, Storage
 
@@ -83,6 +84,7 @@ class _Digesting:
             else:
                 self._part(piece, data[piece.at : piece.at + piece.stop - piece.start])
 
+    @no_search_for_cycles()
     def described(self, component: str, file: int) -> list[Tensor]:
         return [
             Tensor(
