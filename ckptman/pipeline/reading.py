@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import compress
 from typing import NamedTuple
 
 import torch
 
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
 from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
-from ckptman.state.tensors import as_bytes, is_row_major, overwrite
+from ckptman.state.tensors import as_bytes, is_row_major, overwrite, overwrite_part
 from ckptman.storage.base import Storage
 
 
@@ -19,29 +20,29 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     """
     Read every tensor of *targets* into its target, in place; every byte is checked.
 
-    Bytes go straight into a target that is row-major host memory; anything else takes a host copy of one chunk, one at
-    a time. Besides that at most 8 MiB are taken for each of *threads*. A block is checked after it lies in the target:
-    if this raises, some targets hold new or damaged data. Once it has returned or raised nothing is read any more.
+    Bytes go straight into a target that is row-major host memory; anything else takes a host copy of one block, one at
+    a time (of one chunk, where blocks cut elements). So at most 8 MiB are taken for each of *threads*. A block is checked after it lies in such a target: if this
+    raises, some targets hold new or damaged data. Once it has returned or raised nothing is read any more.
 
     Raises:
         IntegrityError: The checkpoint is damaged; of several faults the first one in the order of the files.
         StorageError: The medium failed.
     """
     reader = CheckedReader(storage, manifest)
-    placing = _Placing(targets)
+    placing = _Placing(targets, manifest.block_nbytes)
     straight: list[_Work] = []
+    others: list[tuple[File, Part]] = []
     for file, parts in zip(manifest.files, parts_of(manifest, targets), strict=True):
         if parts:
             reader.header(file)
+            is_straight = [placing.is_straight(part) for part in parts]
             straight += [
-                _Work(file, piece)
-                for piece in pieces([part for part in parts if placing.is_straight(part)], manifest.block_nbytes)
+                _Work(file, piece) for piece in pieces(list(compress(parts, is_straight)), manifest.block_nbytes)
             ]
+            others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
     _Readers(reader, placing, straight).run(threads)
-    for file, parts in zip(manifest.files, parts_of(manifest, targets), strict=True):
-        for part in parts:
-            if not placing.is_straight(part):
-                placing.through_a_copy(reader, file, part)
+    for file, part in others:
+        placing.through_a_copy(reader, file, part)
 
 
 class _Work(NamedTuple):
@@ -105,24 +106,29 @@ class _Readers:
 class _Placing:
     """Where the bytes of a chunk go."""
 
-    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, targets: Mapping[str, torch.Tensor], block_nbytes: int) -> None:
         self._targets = targets
+        self._block_nbytes = block_nbytes
 
     def is_straight(self, part: Part) -> bool:
         """Whether the target's own memory can be read into."""
         box = self._box(part.tensor, part.chunk)
-        return box.device.type == "cpu" and is_row_major(box)
+        return box.is_cpu and is_row_major(box)
 
     def memory(self, tensor: Tensor, chunk: Chunk) -> memoryview:
         """The target's own memory."""
         return as_bytes(self._box(tensor, chunk))
 
     def through_a_copy(self, reader: CheckedReader, file: File, part: Part) -> None:
-        """Read one chunk into host memory, then copy it to where it belongs."""
+        """Read one chunk into host memory, block by block, and copy each to where it belongs."""
         box = self._box(part.tensor, part.chunk)
-        copy = torch.empty(box.shape, dtype=box.dtype)
-        for _ in reader.chunks(file, [part], lambda tensor, chunk: as_bytes(copy)):
-            overwrite(box, copy)
+        if self._block_nbytes % box.element_size():  # blocks that cut elements: the format has them, we write none
+            copy = torch.empty(box.shape, dtype=box.dtype)
+            for _ in reader.chunks(file, [part], lambda tensor, chunk: as_bytes(copy)):
+                overwrite(box, copy)
+            return
+        for start, block in reader.blocks(file, part):
+            overwrite_part(box, start, torch.frombuffer(block, dtype=torch.uint8))
 
     def _box(self, tensor: Tensor, chunk: Chunk) -> torch.Tensor:
         target = self._targets[tensor.name]
