@@ -21,8 +21,9 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     Read every tensor of *targets* into its target, in place; every byte is checked.
 
     Bytes go straight into a target that is row-major host memory; anything else takes a host copy of one block, one at
-    a time (of one chunk, where blocks cut elements). So at most 8 MiB are taken for each of *threads*. A block is checked after it lies in such a target: if this
-    raises, some targets hold new or damaged data. Once it has returned or raised nothing is read any more.
+    a time (of one chunk, where blocks cut elements). So at most 8 MiB are taken for each of *threads*. A block is
+    checked after it lies in a straight target: if this raises, some targets hold new or damaged data. Once it has
+    returned or raised nothing is read any more.
 
     Raises:
         IntegrityError: The checkpoint is damaged; of several faults the first one in the order of the files.
