@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -377,23 +377,28 @@ class CheckpointManager:
 
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first: one listing and one read. Raises StorageError, FormatError."""
-        return [self._repository.checkpoint(entry) for entry in self._entries()]
+        with no_search_for_cycles():
+            return [self._repository.checkpoint(entry) for entry in self._entries()]
 
     def latest(self) -> Checkpoint | None:
         """The most recently committed checkpoint; None if there is none. Loads nothing, checks no data."""
-        entries = self._entries()
-        return self._repository.checkpoint(entries[-1]) if entries else None
+        newest = self._warning(self._repository.newest)
+        return self._repository.checkpoint(newest[-1]) if newest else None
 
     def best(self, metric: str, mode: Mode = "min") -> Checkpoint | None:
         """The best checkpoint by *metric*; None if none has a number for it. Of equals the later one."""
         return next(iter(keep_rules.ranked(self.checkpoints(), metric, mode)), None)
 
     def _entries(self) -> tuple[Entry, ...]:
+        return self._warning(self._repository.entries)
+
+    def _warning(self, look: Callable[[], tuple[Entry, ...]]) -> tuple[Entry, ...]:
+        """What *look* gives; the warnings of what it passed over are events too."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            entries = self._repository.entries()
+            entries = look()
         for one in caught:
-            warnings.warn(one.message, one.category, stacklevel=4)
+            warnings.warn(one.message, one.category, stacklevel=5)
             self._emit(Damaged(root=self.root, step=None, reason=str(one.message)))
         return entries
 
