@@ -22,6 +22,7 @@ from ckptman.pipeline.overlap import Deferred, Overlap, addresses
 from ckptman.pipeline.planning import PlannedFile, Planner
 from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream
+from ckptman.pipeline.writing import ALONE_NBYTES
 from ckptman.state.capture import Captured
 from ckptman.state.sizes import expected_nbytes
 from ckptman.types import Checkpoint
@@ -99,6 +100,8 @@ class Engine:
         borrowed = self._borrow(captured, attempts)
         staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
         with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
+            if staging.nbytes <= ALONE_NBYTES:
+                return write(Source(staging.files, borrowed, staging.copied(), self._arena, _nothing))
             try:
                 beside = ThreadPoolExecutor(1, thread_name_prefix="ckptman-stage")
                 copying = beside.submit(staging.run, stream)

@@ -15,6 +15,9 @@ from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
 from ckptman.storage.base import NewFile, Storage
 
+ALONE_NBYTES = 1 << 20
+"""So much is copied, digested and written by one thread: to start another one takes longer."""
+
 Result = TypeVar("Result")
 
 
@@ -52,6 +55,10 @@ def write_files(
 def _write_segment(
     out: NewFile, segment: Segment, data: memoryview, digesting: _Digesting, beside: ThreadPoolExecutor
 ) -> None:
+    if segment.nbytes <= ALONE_NBYTES:
+        digesting.feed(segment, data)
+        out.write(data[: segment.nbytes])
+        return
     digested = _begin(beside, lambda: digesting.feed(segment, data))
     try:
         out.write(data[: segment.nbytes])
