@@ -95,7 +95,7 @@ class Collector:
 
     def _strided(self, name: str, tensor: torch.Tensor, *, anchored: bool) -> TensorRef:
         full = self._unique(name)
-        neighbours = self._seen[tensor.data_ptr()]
+        neighbours = self._seen[tensor.data_ptr() or id(tensor)]  # empty ones have no address
         for ref, other in neighbours:
             if _is_one(tensor, other):
                 self.aliases[full] = ref.name
