@@ -3,10 +3,10 @@ ckptman: save, be killed, resume — bit for bit.
 
 The house, from the ground up; a module imports only from floors below its own:
 
-    7  guests     cli/ | demo/ | testing/
+    7  guests     cli/ | demo/ | integrations/ | testing/      doctor/ is what cli/ measures a storage with
     6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
     5  motion     pipeline/                    stage → write, read → place
-    4  torch      state/                       live objects ↔ leaves
+    4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
     3  rules      repository/                  what exists, and who may change it
     2  meaning    format/                      what bytes mean (pure)
     1  ground     storage/                     bytes by key
@@ -21,6 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptman.coordinator import Coordinator, FilesCoordinator, TorchCoordinator
     from ckptman.errors import (
         CheckpointNotFound,
         CkptmanError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         LockError,
         LockTimeout,
         Preempted,
+        RankLost,
         SaveFailed,
         StateMismatch,
         StorageError,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from ckptman.manager import CheckpointManager
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
+    from ckptman.pipeline.mirroring import Mirror
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -47,13 +50,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ckptman.coordinator": ("Coordinator", "FilesCoordinator", "TorchCoordinator"),
     "ckptman.errors": (
         "CheckpointNotFound", "CkptmanError", "CommitUnknown", "Fenced", "FormatError", "IntegrityError", "LockError",
-        "LockTimeout", "Preempted", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
+        "LockTimeout", "Preempted", "RankLost", "SaveFailed", "StateMismatch", "StorageError", "UnsupportedState",
     ),
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.pipeline.mirroring": ("Mirror",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
     "ckptman.types": ("Checkpoint", "Skipped"),
@@ -66,20 +71,25 @@ __all__ = [
     "CheckpointNotFound",
     "CkptmanError",
     "CommitUnknown",
+    "Coordinator",
     "DamagedCheckpointWarning",
     "Every",
     "Fenced",
+    "FilesCoordinator",
     "FormatError",
     "IntegrityError",
     "Limits",
     "LockError",
     "LockTimeout",
+    "Mirror",
     "PendingSave",
     "Preempted",
+    "RankLost",
     "SaveFailed",
     "Skipped",
     "StateMismatch",
     "StorageError",
+    "TorchCoordinator",
     "UnsupportedState",
     "keep",
 ]

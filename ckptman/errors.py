@@ -13,6 +13,7 @@ Everything that can go wrong, as one tree, grouped by what a handler would do.
     │   ├── LockTimeout     (TimeoutError)  another writer is alive                            exit 5
     │   └── Fenced                          another writer took this root over                 exit 5
     ├── StorageError        (OSError)       the medium failed (full, refused, unreachable)     exit 1
+    ├── RankLost                            a rank of the job is gone, or gave up               exit 1
     └── Preempted           (SystemExit)    saved after a preemption notice                    exit 75
 
 Every error says what, where, expected and found, and what to do next. What a program may want to
@@ -175,6 +176,27 @@ class StorageError(CkptmanError, OSError):
     def from_os(cls, error: OSError, doing: str, key: str = "") -> Self:
         """Ours for *error*, met while *doing* something to *key*."""
         return cls(f"{doing}: {error.strerror or error}", errno=error.errno, key=key)
+
+
+class RankLost(CkptmanError):
+    """
+    A rank of the job died, fell silent, left or gave up, so that what all do together cannot be done.
+
+    A save that fails for it raises `SaveFailed`, with this as the cause.
+
+    Attributes:
+        ranks: Which ones.
+        hosts: Where each of them runs, as far as it is known.
+        waited_s: How long they had been waited for.
+    """
+
+    def __init__(
+        self, message: str, *, ranks: Sequence[int] = (), hosts: Sequence[str] = (), waited_s: float = 0.0
+    ) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        self.hosts = tuple(hosts)
+        self.waited_s = waited_s
 
 
 class Preempted(CkptmanError, SystemExit):

@@ -76,6 +76,35 @@ class Damaged(Event):
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mirrored(Event):
+    """
+    A checkpoint exists at the mirror too, and is durable there. ``checkpoint`` is the mirror's.
+
+    ``sent_nbytes`` are the files that were not there yet; ``duration_s`` counts from the beginning of the copying.
+    """
+
+    mirror: str
+    checkpoint: Checkpoint
+    sent_nbytes: int
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorErred(Event):
+    """
+    The mirror could not be read or written; training is not concerned.
+
+    ``step`` is what was being copied, None where it did not get so far; ``retry_s`` is when it is tried again, None
+    where it is not: a damaged checkpoint, a mirror that another writer took over, or a manager that closes.
+    """
+
+    mirror: str
+    step: int | None
+    error: BaseException
+    retry_s: float | None
+
+
 class Hook(Protocol):
     """Anything that can be called with an event."""
 

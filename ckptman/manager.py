@@ -7,43 +7,59 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
-import torch
-
+from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
-    CheckpointNotFound,
-    CkptmanError,
-    IntegrityError,
     Preempted,
+    RankLost,
     SaveFailed,
     StorageError,
 )
-from ckptman.events import BecameWriter, Committed, Damaged, Event, Hook, Pruned, Restored, SaveErred, Staged
+from ckptman.events import (
+    BecameWriter,
+    Committed,
+    Damaged,
+    Event,
+    Hook,
+    Pruned,
+    Restored,
+    SaveErred,
+    Staged,
+)
 from ckptman.format.catalog import Entry
+from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
+from ckptman.pipeline.loss import failure as failure_of
+from ckptman.pipeline.mirroring import Mirror, Mirroring
+from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import fill
-from ckptman.pipeline.saving import Job, Saved, write_checkpoint
+from ckptman.pipeline.recall import recall
+from ckptman.pipeline.saving import Begun, Job, name_attempt, write_checkpoint
+from ckptman.pipeline.sharing import Attempted, Sharing
+from ckptman.pipeline.together import Turn, failed
 from ckptman.preemption import Notices
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
-from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
+from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which
+from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule
-from ckptman.state.capture import capture
+from ckptman.state.capture import Captured, capture
 from ckptman.state.kinds import check_state
-from ckptman.state.restore import prepare
+from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 from ckptman.types import Checkpoint, Skipped
@@ -64,8 +80,8 @@ class CheckpointManager:
         1
 
     Args:
-        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, or a storage. It is created by the first
-            save.
+        root: A path (``~`` is expanded), a ``file://`` URL, ``memory://name``, any URL that fsspec has a driver for
+            (``s3://bucket/run``), or a storage. It is created by the first save.
         state: Component name → live object: a module, an optimizer, anything with ``state_dict`` and
             ``load_state_dict``, a generator, a tensor or array, a dict or list, or a plain value. None opens the root
             for reading: such a manager takes no lock and never writes.
@@ -78,10 +94,19 @@ class CheckpointManager:
             optimizer step that was compiled.
         rng: Whether the global random streams of Python, NumPy and torch are saved and restored too.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: Handed to fsspec's driver of a URL such as ``s3://…``: credentials, ``endpoint_url``. Without
+            them the driver looks into its own environment variables and files.
+        single_writer: Accept an object store whose create-only put does not exclude; you see to it that nobody else
+            writes.
         limits: Memory, threads, and saves at a time: see `Limits`.
+        coordinator: How the ranks of a job talk to each other. None: ``torch.distributed`` where it is initialised with
+            several ranks, else this process is alone.
         hooks: Called with every event.
+        mirror: A second root that gets a copy of every checkpoint in the background: a root, or a `Mirror` with its own
+            ``keep``. ``restore`` reads both. What fails there is an event, and never a failed save.
 
-    Use it from one thread, in one process: in a job of several ranks, on one of them.
+    Use it from one thread. In a job of several ranks every rank opens one, with its part of the state, and all call
+    ``save``, ``maybe_save``, ``restore``, ``tag``, ``untag``, ``delete`` and ``close`` in the same order.
 
     Raises:
         TypeError, ValueError: An argument is wrong. Nothing was read or written.
@@ -97,10 +122,14 @@ class CheckpointManager:
         overlap: bool = False,
         rng: bool = True,
         lock_timeout: float = 60.0,
+        storage_options: Mapping[str, object] | None = None,
+        single_writer: bool = False,
+        coordinator: Coordinator | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
+        mirror: str | os.PathLike[str] | Storage | Mirror | None = None,
     ) -> None:
-        self._storage = open_storage(root)
+        self._storage = open_storage(root, storage_options=storage_options, single_writer=single_writer)
         self._repository = Repository(self._storage)
         self._state = None if state is None else check_state(state, rng=rng)
         if save_every is not None and not callable(save_every):
@@ -109,8 +138,10 @@ class CheckpointManager:
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
-        if self._state is not None:
-            _refuse_ranks()
+        if self._state is None and mirror is not None:
+            raise ValueError("a manager that is opened for reading has no mirror: give it a state")
+        self._ranks = Ranks(Solo() if self._state is None else current(coordinator))
+        self._sharing = Sharing(self._ranks)
         self._save_every = save_every
         self._keep = keep
         self._rng = rng
@@ -122,6 +153,9 @@ class CheckpointManager:
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         self._notices = Notices()
+        self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror)
+        mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
+        self._roots = Roots(root=self._repository, mirror=mirrored, emit=_weakly(self))
         weakref.finalize(self, self._notices.uninstall)
         weakref.finalize(self, self._engine.forget)
         self._last_save_at = time.monotonic()
@@ -197,46 +231,93 @@ class CheckpointManager:
         json_metrics = metrics_to_json(metrics)
         checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
         check_step(step)
-        self._engine.admit(block=block)
+        self._engine.admit(block=block or self._ranks.are_many)
         failure = self._background.uncollected()
-        if failure is not None:
-            if not preempted:
-                raise failure
+        if failure is not None and preempted:
             _log.error("an earlier save failed, and this process is about to end: saving step %d all the same", step)
-        owner = self._own_to_save(step)
-        with no_search_for_cycles():
-            captured = capture(state, rng=self._rng)
-        job = Job(
-            step=step,
-            created_at=created_at,
-            metrics=json_metrics,
-            tags=checked_tags,
-            preempted=preempted,
-            captured={name: replace(part, leaves=()) for name, part in captured.items()},
-            keep=self._keep,
-        )
-        attempts = {entry.attempt for entry in owner.newest.checkpoints}
+            failure = None
+
+        def job_of(captured: Mapping[str, Captured]) -> Job:
+            return Job(
+                step=step,
+                created_at=created_at,
+                metrics=json_metrics,
+                tags=checked_tags,
+                preempted=preempted,
+                captured={name: replace(part, leaves=()) for name, part in captured.items()},
+                keep=self._keep,
+            )
+
+        begun = (self._begin_together if self._ranks.are_many else self._begin_alone)(state, job_of, step, failure)
         self._last_save_at = time.monotonic()
-        if not block:
+        try:
+            if block:
+                future: Future[Checkpoint] = Future()
+                write = lambda source: self._write(begun, source, began)  # noqa: E731
+                future.set_result(self._engine.save_now(write, begun.captured, begun.attempts))
+                return PendingSave(step, future, time.monotonic() - began)
             return self._engine.save_behind(
-                lambda source: self._write(owner, job, source, began),
-                captured,
-                attempts,
+                lambda source: self._write(begun, source, began),
+                begun.captured,
+                begun.attempts,
                 step=step,
                 began=began,
                 on_staged=lambda nbytes, stall_s: self._emit(
                     Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s)
                 ),
             )
-        future: Future[Checkpoint] = Future()
-        future.set_result(
-            self._engine.save_now(lambda source: self._write(owner, job, source, began), captured, attempts)
-        )
-        return PendingSave(step, future, time.monotonic() - began)
+        except BaseException as error:
+            begun.abandon(error)
+            raise
 
-    def _write(self, owner: Ownership, job: Job, source: Source, began: float) -> Checkpoint:
+    def _begin_alone(
+        self,
+        state: Mapping[str, object],
+        job_of: Callable[[Mapping[str, Captured]], Job],
+        step: int,
+        failure: BaseException | None,
+    ) -> Begun:
+        if failure is not None:
+            raise failure
+        owner = self._own_to_save(step)
+        with no_search_for_cycles():
+            captured = capture(state, rng=self._rng)
+        job = job_of(captured)
+        attempts = {entry.attempt for entry in owner.newest.checkpoints}
+        return Begun(job, captured, attempts, lambda source: write_checkpoint(owner, job, source), lambda _: None)
+
+    def _begin_together(
+        self,
+        state: Mapping[str, object],
+        job_of: Callable[[Mapping[str, Captured]], Job],
+        step: int,
+        failure: BaseException | None,
+    ) -> Begun:
+        def captured_here() -> Mapping[str, Captured]:
+            if failure is not None:
+                raise failure
+            try:
+                with no_search_for_cycles():
+                    return capture(state, rng=self._rng)
+            except Exception as error:
+                raise failed(step, error) from error
+
+        def named() -> Attempted:
+            owner = self._own_to_save(step)
+            attempts = [entry.attempt for entry in owner.newest.checkpoints]
+            return Attempted(attempt=name_attempt(owner, step), after=owner.newest.number, attempts=attempts)
+
         try:
-            saved: Saved = write_checkpoint(owner, job, source)
+            captured, shared = self._sharing.begin(step, captured_here, named)
+        except RankLost as lost:
+            raise failure_of(step, lost) from lost
+        turn = Turn(self._ranks, self._storage, self._owner, job_of(captured), shared)
+        return Begun(turn.job, shared.mine, shared.attempts, turn.write, turn.abandon)
+
+    def _write(self, begun: Begun, source: Source, began: float) -> Checkpoint:
+        job = begun.job
+        try:
+            saved = begun.write(source)
         except BaseException as error:
             self._emit(SaveErred(root=self.root, step=job.step, error=error))
             raise
@@ -246,6 +327,7 @@ class CheckpointManager:
         self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
         if saved.pruned:
             self._emit(Pruned(root=self.root, steps=saved.pruned))
+        self._notify_mirror()
         return saved.checkpoint
 
     def _check_open_for_saving(self) -> Mapping[str, object]:
@@ -267,6 +349,7 @@ class CheckpointManager:
         if self._owner is None:
             self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=self._background.drain)
             self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
+            self._notify_mirror()
         self._owner.check()
         return self._owner
 
@@ -293,16 +376,18 @@ class CheckpointManager:
             The checkpoint, with ``values`` (the plain values of the state) and ``skipped``; None if the latest was
             asked for and the root has no checkpoint.
 
-        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. Names, shapes and
-        dtypes are compared before any live object is touched. *Not* promised: after an `IntegrityError` (or Ctrl-C)
-        in mid-read the live tensors may be a mixture; the manager then refuses to save until a restore succeeds.
+        ``"latest"`` walks back past damaged checkpoints, with a `DamagedCheckpointWarning` for each. With a mirror, it
+        is the newest intact one of both roots, read from where it is; others are looked for in the mirror after the
+        root. Names, shapes and dtypes are compared before any live object is touched. *Not* promised: after an
+        `IntegrityError` (or Ctrl-C) in mid-read the live tensors may be a mixture; the manager then refuses to save
+        until a restore succeeds.
 
         Raises:
             CheckpointNotFound: There is no such step, tag or metric.
             StateMismatch: The checkpoint and the live state disagree. Nothing was touched.
             IntegrityError: The checkpoint is damaged; for ``"latest"``: all of them are.
             FormatError: The checkpoint or the catalog is of a newer format, or no catalog record can be read.
-            StorageError: The medium failed.
+            StorageError: The medium failed; or the root has no checkpoint, and its mirror could not be read.
         """
         self._check_open()
         if self._state is None:
@@ -310,97 +395,78 @@ class CheckpointManager:
         began = time.monotonic()
         self._background.drain()
         with self._engine.paused():
-            checkpoint = (
-                self._restore_latest(only, strict) if which == "latest" else self._restore_one(which, only, strict)
-            )
+            checkpoint = self._recall(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
             self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
 
-    def _restore_one(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint:
-        entry = find(self._entries(), which, self.root)
-        try:
-            return self._load(entry, only, strict)
-        except IntegrityError as error:
-            if entry not in self._entries():
-                raise CheckpointNotFound(f"step {entry.step} of {self.root} was deleted while it was read") from error
-            raise
+    def _recall(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
+        def load(repository: Repository, entry: Entry, manifest: Manifest) -> Checkpoint:
+            return self._load(repository, entry, manifest, only=only, strict=strict)
 
-    def _restore_latest(self, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        skipped: dict[str, Skipped] = {}
-        entries = self._entries()
-        while entry := next((e for e in reversed(entries) if e.attempt not in skipped), None):
-            try:
-                checkpoint = self._load(entry, only, strict)
-            except IntegrityError as error:
-                entries = self._entries()  # one that was dropped meanwhile is not damaged, and newer ones may exist
-                if entry in entries:
-                    skipped[entry.attempt] = self._pass_over(entry, error)
-                continue
-            return replace(checkpoint, skipped=tuple(skipped.values()))
-        if not skipped:
-            return None
-        reasons = "; ".join(f"step {one.step}: {one.reason}" for one in skipped.values())
-        raise IntegrityError(
-            f"all {len(skipped)} checkpoints of {self.root} are damaged, and none was restored: {reasons}. "
-            "'ckptman verify' lists all damage; use another root to start afresh"
-        )
+        checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
+        return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
-    def _pass_over(self, entry: Entry, error: CkptmanError) -> Skipped:
+    def _pass_over(self, step: int, reason: str) -> Skipped:
         warnings.warn(
-            f"step {entry.step} of {self.root} is damaged and was passed over for an older one: {error}",
+            f"step {step} of {self.root} is damaged and was passed over for an older one, or a copy: {reason}",
             DamagedCheckpointWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-        self._emit(Damaged(root=self.root, step=entry.step, reason=str(error)))
-        return Skipped(step=entry.step, reason=str(error))
+        self._emit(Damaged(root=self.root, step=step, reason=reason))
+        return Skipped(step=step, reason=reason)
 
-    def _load(self, entry: Entry, only: Collection[str] | None, strict: bool) -> Checkpoint:
+    def _load(
+        self, repository: Repository, entry: Entry, manifest: Manifest, *, only: Collection[str] | None, strict: bool
+    ) -> Checkpoint:
+        """Load *entry*, on all ranks: each of the three steps is begun once all have done the one before."""
         assert self._state is not None
-        with no_search_for_cycles():
-            manifest = self._repository.manifest(entry)
-            restoration = prepare(self._state, manifest, only=only, strict=strict, rng=self._rng)
+        state, ranks, threads = self._state, self._ranks, self._limits.io_threads
+        found: list[Restoration] = []
+        values: list[dict[str, object]] = []
+
+        def compare() -> None:
+            rank, size = ranks.rank, ranks.world_size
+            with no_search_for_cycles():
+                found.append(
+                    prepare(state, manifest, only=only, strict=strict, rng=self._rng, rank=rank, world_size=size)
+                )
+
+        ranks.do(compare)
+        with self._half_restoring(entry, found[0]):
+            ranks.do(lambda: fill(repository.storage, manifest, found[0].targets, threads=threads))
+            ranks.do(lambda: values.append(found[0].finish()))
+        if repository is self._repository:  # the files of a mirror cannot be pointed at from here
+            self._engine.borrowing.restored(manifest, found[0].targets.keys())
+        return replace(repository.checkpoint(entry), values=values[0])
+
+    @contextmanager
+    def _half_restoring(self, entry: Entry, restoration: Restoration) -> Iterator[None]:
         before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
         try:
-            fill(self._storage, manifest, restoration.targets, threads=self._limits.io_threads)
-            values = restoration.finish()
+            yield
         except Exception as error:
             self._half_restored = f"restoring step {entry.step} failed: {error}"
             raise
         self._half_restored = None if restoration.is_complete else before
-        self._engine.borrowing.restored(manifest, restoration.targets.keys())
-        return replace(self._repository.checkpoint(entry), values=values)
 
     # ------------------------------------------------------------------ looking
 
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first: one listing and one read. Raises StorageError, FormatError."""
         with no_search_for_cycles():
-            return [self._repository.checkpoint(entry) for entry in self._entries()]
+            return [self._repository.checkpoint(entry) for entry in self._roots.entries()]
 
     def latest(self) -> Checkpoint | None:
         """The most recently committed checkpoint; None if there is none. Loads nothing, checks no data."""
-        newest = self._warning(self._repository.newest)
-        return self._repository.checkpoint(newest[-1]) if newest else None
+        newest = self._roots.newest()
+        return None if newest is None else self._repository.checkpoint(newest)
 
     def best(self, metric: str, mode: Mode = "min") -> Checkpoint | None:
         """The best checkpoint by *metric*; None if none has a number for it. Of equals the later one."""
         return next(iter(keep_rules.ranked(self.checkpoints(), metric, mode)), None)
-
-    def _entries(self) -> tuple[Entry, ...]:
-        return self._warning(self._repository.entries)
-
-    def _warning(self, look: Callable[[], tuple[Entry, ...]]) -> tuple[Entry, ...]:
-        """What *look* gives; the warnings of what it passed over are events too."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            entries = look()
-        for one in caught:
-            warnings.warn(one.message, one.category, stacklevel=5)
-            self._emit(Damaged(root=self.root, step=None, reason=str(one.message)))
-        return entries
 
     # ------------------------------------------------------------------ changing the catalog
 
@@ -429,13 +495,14 @@ class CheckpointManager:
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
         self._background.drain()
-        self._own().commit(change, what)
+        self._ranks.do(lambda: self._ranks.rank or self._own().commit(change, what))
+        self._notify_mirror()
 
     # ------------------------------------------------------------------ draining
 
     def wait(self, timeout: float | None = None) -> None:
         """
-        Wait until nothing is under way.
+        Wait until nothing is under way. A mirror is not waited for.
 
         Raises:
             TimeoutError: *timeout* seconds were not enough; the save goes on.
@@ -448,17 +515,25 @@ class CheckpointManager:
         """
         Wait for what is under way, let go of the root and of the signal handlers. Calling it again does nothing.
 
+        With a mirror, it then waits until the newest checkpoint is there too, as long as `Mirror` says.
+
         Raises:
             SaveFailed, Fenced, CommitUnknown: As ``wait``, after everything was let go.
+            RuntimeError: A hook called this.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
+        if self._mirroring is not None:
+            self._mirroring.refuse_its_thread()
         self._background.drain()
         self._is_closed = True
         self._notices.uninstall()
         self._engine.close()
         if self._owner is not None:
             self._owner.release()
+        self._ranks.close()
+        if self._mirroring is not None:
+            self._mirroring.close(waits=self._notices.received is None)
         self._raise_uncollected()
 
     def __enter__(self) -> Self:
@@ -480,6 +555,10 @@ class CheckpointManager:
         if failure is not None:
             raise failure
 
+    def _notify_mirror(self) -> None:
+        if self._mirroring is not None and self._ranks.rank == 0:
+            self._mirroring.notify()
+
     def _emit(self, event: Event) -> None:
         for hook in self._hooks:
             try:
@@ -488,10 +567,22 @@ class CheckpointManager:
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
 
 
-def _refuse_ranks() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            f"torch.distributed runs {distributed.get_world_size()} ranks, and this version of ckptman saves from one "
-            "process only: open the manager on one rank, with a state that is whole there"
-        )
+def _mirroring(
+    manager: CheckpointManager, source: Storage, mirror: str | os.PathLike[str] | Storage | Mirror
+) -> Mirroring:
+    """Its thread ends with the manager."""
+    mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), _weakly(manager))
+    weakref.finalize(manager, mirroring.stop)
+    return mirroring
+
+
+def _weakly(manager: CheckpointManager) -> Callable[[Event], None]:
+    """Emits events of *manager*, and does not keep it alive: one that nobody refers to any more lets go of all."""
+    reached = weakref.WeakMethod(manager._emit)
+
+    def emit(event: Event) -> None:
+        tell = reached()
+        if tell is not None:
+            tell(event)
+
+    return emit

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from s3_server import S3Server, serve
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,3 +32,10 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ckptman-test-", dir=memory))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on free ports of this machine, with one bucket; it ends with the tests."""
+    with serve(tmp_path_factory.mktemp("s3")) as server:
+        yield server

@@ -2,7 +2,8 @@
 The command line: one file per command, each imported only when it is asked for.
 
     ls · latest · show · verify · diff · log               look, and never create anything
-    tag · untag · prune · delete · gc · repair             change a root, as its writer
+    tag · untag · prune · delete · gc · repair · cp        change a root, as its writer
+    doctor                                                 measures a storage
     demo                                                   shows what all this is for
 
 stdout carries data only. Tables are for people; ``--json`` makes it one document for programs.

@@ -14,10 +14,11 @@ from ckptman.storage.opening import open_storage
 
 if TYPE_CHECKING:
     StorageType = click.ParamType[Storage]
+    RootTextType = click.ParamType[tuple[str, Storage]]
     StepType = click.ParamType[int | str]
     TextType = click.ParamType[str]
 else:  # click has generic types since 8.4 only
-    StorageType = StepType = TextType = click.ParamType
+    StorageType = RootTextType = StepType = TextType = click.ParamType
 
 ENVIRONMENT = "CKPTMAN_ROOT"
 
@@ -43,6 +44,18 @@ class Root(StorageType):
             return open_storage(text)  # type: ignore[arg-type]  # it says so itself if it is neither text nor a storage
         except ValueError as error:
             raise click.UsageError(str(error), ctx) from error
+
+
+class RootText(RootTextType):
+    """A root, and the text by which another process can open it too."""
+
+    name = "root"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Storage]:
+        if isinstance(value, tuple):
+            return value
+        text = os.environ.get(ENVIRONMENT, "") if value == "-" else str(value)
+        return text, Root().convert(text, param, ctx)
 
 
 class Step(StepType):

@@ -26,6 +26,8 @@ _HOMES = {
     "tag": "tags",
     "untag": "tags",
     "delete": "delete",
+    "cp": "cp",
+    "doctor": "doctor",
 }
 """Each command, and the module of this package that has it under its own name."""
 

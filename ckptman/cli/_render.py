@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 
 import click
 
@@ -32,9 +33,16 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, is_note: bool = False) -> None:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    is_note: bool = False,
+    styles: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """
     Print a table. A column whose title ends in ``>`` is aligned to the right. Plain text where it is piped.
+    *styles* are the colours of whole cells, by their text; without any title there is no row of titles.
 
     With *is_note* it goes to stderr: what would be done, and not what was found.
     """
@@ -44,11 +52,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, is_note: boo
 
     stream = sys.stderr if is_note else sys.stdout
     is_terminal = stream.isatty()
-    built = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    built = Table(box=None, show_header=any(columns), pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for title in columns:
         built.add_column(title.rstrip(">"), justify="right" if title.endswith(">") else "left", overflow="fold")
     for row in rows:
-        built.add_row(*(Text(printable(cell)) for cell in row))
+        built.add_row(*(Text(printable(cell), style=styles.get(cell, "")) for cell in row))
     text = io.StringIO()
     console = Console(
         file=text,

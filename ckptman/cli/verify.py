@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
@@ -12,6 +10,7 @@ import click
 from ckptman.cli._arguments import Step, json_option, root_argument
 from ckptman.cli._catalog import catalog_faults
 from ckptman.cli._changing import refuse_missing
+from ckptman.cli._progress import progress_bar
 from ckptman.cli._render import count, print_json, print_text, size, table
 from ckptman.errors import IntegrityError
 from ckptman.format.catalog import Entry
@@ -44,7 +43,7 @@ def verify(storage: Storage, step: int | str | None, *, as_json: bool) -> None:
     catalog = catalog_faults(storage)
     entries = repository.entries()
     chosen = entries if step is None else (find(entries, step, storage.url),)
-    with _progress(sum(entry.nbytes for entry in chosen)) as progress:
+    with progress_bar(sum(entry.nbytes for entry in chosen)) as progress:
         verdicts = [verdict for entry in chosen if (verdict := _verdict(repository, entry, progress))]
     if as_json:
         print_json(_document(storage, catalog, verdicts))
@@ -103,18 +102,3 @@ def _row(verdict: Verdict) -> list[str]:
         size(verdict.entry.nbytes),
         count(len(verdict.faults), "fault") if verdict.faults else "intact",
     ]
-
-
-@contextmanager
-def _progress(nbytes: int) -> Iterator[Progress]:
-    """A bar on stderr where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=nbytes)
-        yield lambda nbytes: bar.advance(task, nbytes)

@@ -81,7 +81,7 @@ def entry_of(manifest: Manifest, manifest_sha256: str, *, tags: tuple[str, ...] 
         nbytes=manifest.nbytes,
         new_nbytes=manifest.new_nbytes,
         world_size=manifest.world_size,
-        components=tuple(manifest.components),
+        components=manifest.shared_components,
         metrics=manifest.metrics,
         tags=tags,
         borrows=manifest.borrows,

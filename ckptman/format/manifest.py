@@ -18,7 +18,7 @@ from ckptman.errors import FormatError
 from ckptman.format.digest import ALGORITHM, BLOCK_NBYTES
 from ckptman.format.dtypes import DTYPES
 from ckptman.format.metrics import JsonMetrics, check_metrics
-from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_component, check_data_key
+from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_data_key, split_rank
 from ckptman.format.sealed import seal, unseal
 from ckptman.format.tiling import Box, tiles
 from ckptman.storage.base import Buffer
@@ -110,6 +110,11 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     environment: dict[str, str]
 
     @property
+    def shared_components(self) -> tuple[str, ...]:
+        """The names of the state's components, without what single ranks have of their own."""
+        return tuple(name for name in self.components if not split_rank(name)[1])
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors, borrowed ones included."""
         return sum(tensor.nbytes for tensor in self.tensors)
@@ -175,8 +180,10 @@ def _check_head(manifest: Manifest) -> None:
         raise FormatError(f"digest {manifest.digest!r} is not known here, only {ALGORITHM!r}")
     check_utc(manifest.created_at)
     check_metrics(manifest.metrics)
-    for component in manifest.components:
-        check_component(component)
+    for name in manifest.components:
+        split_rank(name)
+        if not _is_of_a_rank(name, manifest):
+            raise FormatError(f"component {name!r} is of a rank that did not save, or of none of this checkpoint's own")
 
 
 def check_utc(*times: datetime) -> None:
@@ -194,8 +201,14 @@ def _check_file(file: File) -> None:
 
 def _check_tensor_name(name: str, manifest: Manifest) -> None:
     component, slash, rest = name.partition("/")
-    if not slash or not rest or component not in manifest.components:
+    if not slash or not rest or not (component in manifest.components or _is_of_a_rank(component, manifest)):
         raise FormatError(f"tensor {name!r} belongs to no component of this checkpoint")
+
+
+def _is_of_a_rank(part: str, manifest: Manifest) -> bool:
+    """Whether *part* is what a rank calls its own part of a component."""
+    component, rank = split_rank(part)
+    return component in manifest.components and rank < manifest.world_size
 
 
 def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:

@@ -20,7 +20,7 @@ MAX_STEP = 2**63 - 1
 MAX_METRICS = 1000
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RANK_SUFFIX = re.compile(r".*\.rank-[0-9]+")
+_RANK_SUFFIX = re.compile(r"(.*)\.rank-([0-9]+)")
 _NOT_A_COMPONENT = (RESERVED, _RANK_SUFFIX)
 _RECORD = re.compile(r"catalog/([0-9]{12})\.json")
 _ATTEMPT = re.compile(r"step-([0-9]{12}|[1-9][0-9]{12,18})\.w([0-9]{4}|[1-9][0-9]{4,17})\.([0-9a-f]{8})")
@@ -42,6 +42,28 @@ def check_component(name: str) -> str:
             "beginning with a letter or digit (and no device name such as 'nul', no '.rank-1' at the end)"
         )
     return name
+
+
+def rank_name(component: str, rank: int) -> str:
+    """What rank *rank* calls its own part of *component*: ``model.rank-00001``; rank 0 calls it as it is."""
+    return component if rank == 0 else f"{component}.rank-{rank:05d}"
+
+
+@functools.lru_cache(65536)
+def split_rank(name: str) -> tuple[str, int]:
+    """
+    The component and the rank of *name*, which `rank_name` made; rank 0 for a plain name.
+
+    Raises:
+        ValueError: It is no such name.
+    """
+    match = _RANK_SUFFIX.fullmatch(name)
+    if match is None:
+        return check_component(name), 0
+    component, rank = check_component(match[1]), int(match[2])
+    if rank == 0 or rank_name(component, rank) != name:
+        raise ValueError(f"{name!r} does not name what a rank has of its own (as {rank_name(component, 1)!r} does)")
+    return component, rank
 
 
 @functools.lru_cache(4096)

@@ -25,7 +25,7 @@ import msgspec
 import torch
 
 from ckptman.format.digest import block_digest, blocks
-from ckptman.format.manifest import File, Manifest, Tensor
+from ckptman.format.manifest import File, Manifest, Tensor, box_of
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.state.capture import Captured, Leaf
 from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
@@ -37,17 +37,25 @@ WORTHWHILE_NBYTES = 1 << 20
 """And how many bytes. Fewer cost less to write than to depend on another attempt's folder for."""
 
 
+Key = tuple[str, tuple[int, ...] | None]
+"""A leaf, or a stored chunk: the name of its tensor, and where in that it begins (None: it is the whole)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Borrowed:
-    """Tensors of a save that lie in files of other attempts. ``chunks`` of *tensors* count within *files*."""
+    """
+    Leaves of a save that lie in files of other attempts.
+
+    Each of *tensors* has one chunk, whose number of a file counts within *files*.
+    """
 
     files: tuple[File, ...] = ()
     tensors: tuple[Tensor, ...] = ()
 
     @property
-    def names(self) -> frozenset[str]:
-        """Of the tensors."""
-        return frozenset(tensor.name for tensor in self.tensors)
+    def keys(self) -> frozenset[Key]:
+        """Of the leaves."""
+        return frozenset(map(_key, self.tensors))
 
     def behind(self, count: int) -> list[Tensor]:
         """The tensors, for a manifest that lists *count* files of its own before these."""
@@ -56,12 +64,16 @@ class Borrowed:
 
 @dataclass(slots=True)
 class _Lender:
-    """A checkpoint whose bytes are known to be right, and what was found out about its tensors."""
+    """
+    A checkpoint whose bytes are known to be right, and what was found out about its tensors.
+
+    Each of ``tensors`` is a chunk: a tensor as if it had no other.
+    """
 
     manifest: Manifest
-    tensors: dict[str, Tensor]
-    steady: set[str] = field(default_factory=set)  # equal in the last two checkpoints
-    lively: set[str] = field(default_factory=set)  # expected unchanged once, and had changed
+    tensors: dict[Key, Tensor]
+    steady: set[Key] = field(default_factory=set)  # equal in the last two checkpoints
+    lively: set[Key] = field(default_factory=set)  # expected unchanged once, and had changed
 
 
 class Borrowing:
@@ -74,7 +86,7 @@ class Borrowing:
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
         before = self._lender
-        tensors = {tensor.name: tensor for tensor in manifest.tensors}
+        tensors = _by_chunk(manifest.tensors)
         lender = _Lender(manifest, tensors)
         if before is not None:
             old = before.tensors
@@ -84,7 +96,7 @@ class Borrowing:
 
     def restored(self, manifest: Manifest, names: Collection[str]) -> None:
         """The tensors *names* of *manifest* were read, and every byte of them was right."""
-        self._lender = _Lender(manifest, {tensor.name: tensor for tensor in manifest.tensors if tensor.name in names})
+        self._lender = _Lender(manifest, _by_chunk(tensor for tensor in manifest.tensors if tensor.name in names))
 
     def find(
         self, captured: Mapping[str, Captured], *, trained: Collection[int], attempts: Collection[str]
@@ -104,36 +116,60 @@ class Borrowing:
             leaf
             for part in captured.values()
             for leaf in part.leaves
-            if _is_expected(leaf, lender, trained) and _agrees(leaf, lender.tensors[leaf.name])
+            if _is_expected(leaf, lender, trained) and _agrees(leaf, lender.tensors[key_of(leaf)])
         ]
         return _borrow(lender, _unchanged(expected, lender))
 
 
+def key_of(leaf: Leaf) -> Key:
+    """What *leaf* is borrowed under."""
+    return leaf.name, leaf.offset
+
+
+def _key(tensor: Tensor) -> Key:
+    return tensor.name, tensor.chunks[0].offset
+
+
+def _by_chunk(tensors: Iterable[Tensor]) -> dict[Key, Tensor]:
+    chunks = (
+        tensor if len(tensor.chunks) == 1 else msgspec.structs.replace(tensor, chunks=(chunk,))
+        for tensor in tensors
+        for chunk in tensor.chunks
+    )
+    return {_key(tensor): tensor for tensor in chunks}
+
+
 def _is_expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> bool:
-    if leaf.name not in lender.tensors:
+    key = key_of(leaf)
+    if key not in lender.tensors:
         return False
-    return leaf.name in lender.steady or (leaf.name not in lender.lively and leaf.tensor.data_ptr() not in trained)
+    return key in lender.steady or (key not in lender.lively and leaf.tensor.data_ptr() not in trained)
 
 
 def _agrees(leaf: Leaf, stored: Tensor) -> bool:
-    is_whole = len(stored.chunks) == 1 and stored.chunks[0].nbytes == stored.nbytes > 0
-    return is_whole and dtype_name(leaf.tensor.dtype) == stored.dtype and tuple(leaf.tensor.shape) == stored.shape
+    chunk, extent = stored.chunks[0], tuple(leaf.tensor.shape)
+    return (
+        chunk.nbytes > 0
+        and dtype_name(leaf.tensor.dtype) == stored.dtype
+        and (extent if leaf.shape is None else leaf.shape) == stored.shape
+        and extent == box_of(chunk, stored)[1]
+    )
 
 
 def _unchanged(leaves: Iterable[Leaf], lender: _Lender) -> list[Tensor]:
     """The stored tensors of those *leaves* that are unchanged, of the files that are worth it."""
     by_file: defaultdict[int, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
-        by_file[lender.tensors[leaf.name].chunks[0].file].append(leaf)
+        by_file[lender.tensors[key_of(leaf)].chunks[0].file].append(leaf)
     return [tensor for index, found in by_file.items() for tensor in _unchanged_of_file(index, found, lender)]
 
 
 def _unchanged_of_file(index: int, leaves: list[Leaf], lender: _Lender) -> list[Tensor]:
     """Nothing, as soon as so much has changed that the file is not worth it: the rest is not hashed."""
     file = lender.manifest.files[index]
-    stored = [lender.tensors[leaf.name] for leaf in leaves]
+    stored = [lender.tensors[key_of(leaf)] for leaf in leaves]
     enough = max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes))
-    to_spare = sum(tensor.nbytes for tensor in stored) - enough
+    to_spare = sum(tensor.chunks[0].nbytes for tensor in stored) - enough
     unchanged = []
     for leaf, tensor in zip(leaves, stored, strict=True):
         if to_spare < 0:
@@ -141,8 +177,8 @@ def _unchanged_of_file(index: int, leaves: list[Leaf], lender: _Lender) -> list[
         if _is_unchanged(leaf.tensor, tensor, lender.manifest.block_nbytes):
             unchanged.append(tensor)
         else:
-            lender.lively.add(leaf.name)
-            to_spare -= tensor.nbytes
+            lender.lively.add(key_of(leaf))
+            to_spare -= tensor.chunks[0].nbytes
     return unchanged if to_spare >= 0 else []
 
 

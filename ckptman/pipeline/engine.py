@@ -193,7 +193,7 @@ class Engine:
 
     @no_search_for_cycles()
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
-        return Staging(self._arena, self._planner, captured, without=borrowed.names, slots=slots)
+        return Staging(self._arena, self._planner, captured, without=borrowed.keys, slots=slots)
 
     @no_search_for_cycles()
     def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:

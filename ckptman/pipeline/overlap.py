@@ -35,6 +35,7 @@ from ckptman.pipeline.arena import Slot
 from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured
+from ckptman.state.dtensor import is_sharded, local
 from ckptman.state.tensors import is_plain
 
 _POLL_S = 0.1
@@ -190,6 +191,11 @@ def addresses(optimizers: Iterable[Optimizer]) -> set[int]:
 
 
 def _tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    for tensor in _wholes(optimizer):
+        yield local(tensor) if is_sharded(tensor) else tensor
+
+
+def _wholes(optimizer: Optimizer) -> Iterator[torch.Tensor]:
     for group in optimizer.param_groups:
         yield from group["params"]
     for values in optimizer.state.values():

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from ckptman.format.safetensors_layout import Layout, Placed, Wanted, lay_out
+from ckptman.format.safetensors_layout import Layout, Placed, Wanted, header_key, lay_out
 from ckptman.pipeline.arena import SLOT_NBYTES
 from ckptman.state.capture import Leaf
 from ckptman.state.tensors import dtype_name
@@ -45,21 +46,31 @@ class Segment:
     pieces: tuple[Run | Part, ...]
 
 
+class Box(NamedTuple):
+    """A leaf's name, and where it lies in a tensor of which shape; None for a leaf that is the whole tensor."""
+
+    name: str
+    offset: tuple[int, ...] | None
+    shape: tuple[int, ...] | None
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
     """
     One file: the tensors of a component that are to be written.
 
-    ``order`` has, for each of ``layout.tensors``, the position of its leaf among the component's.
+    ``order`` has, for each of ``layout.tensors``, the position of its leaf among the component's, and ``boxes`` what
+    the leaf is.
     """
 
     component: str
     layout: Layout
     order: tuple[int, ...]
+    boxes: tuple[Box, ...]
     segments: tuple[Segment, ...]
 
 
-Signature = list[tuple[str, torch.dtype, torch.Size]]
+Signature = list[tuple[str, torch.dtype, torch.Size, tuple[int, ...] | None, tuple[int, ...] | None]]
 
 
 class Planner:
@@ -70,7 +81,7 @@ class Planner:
 
     def plan(self, component: str, leaves: Sequence[Leaf]) -> PlannedFile:
         """The file for *leaves*, at least one."""
-        signature = [(leaf.name, leaf.tensor.dtype, leaf.tensor.shape) for leaf in leaves]
+        signature = [(leaf.name, leaf.tensor.dtype, leaf.tensor.shape, leaf.offset, leaf.shape) for leaf in leaves]
         known = self._plans.get(component)
         if known is not None and known[0] == signature:
             return known[1]
@@ -81,16 +92,31 @@ class Planner:
 
 def _plan(component: str, signature: Signature) -> PlannedFile:
     # under their names within the component, which other tools will see in the file
-    names = [name.partition("/")[2] for name, _, _ in signature]
+    names = _distinct([name.partition("/")[2] for name, *_ in signature])
     layout = lay_out(
         [
             Wanted(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
-            for name, (_, dtype, shape) in zip(names, signature, strict=True)
+            for name, (_, dtype, shape, _, _) in zip(names, signature, strict=True)
         ]
     )
     position = {name: index for index, name in enumerate(names)}
     order = tuple(position[placed.name] for placed in layout.tensors)
-    return PlannedFile(component, layout, order, tuple(_segments(layout)))
+    boxes = [Box(name, offset, shape) for name, _, _, offset, shape in signature]
+    return PlannedFile(component, layout, order, tuple(boxes[index] for index in order), tuple(_segments(layout)))
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """*names*, changed where one comes again: a tensor of which several boxes are in one file."""
+    if len(set(names)) == len(names):
+        return names
+    taken: set[str] = set(names)
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            names[index] = header_key(name, taken)
+            taken.add(names[index])
+        seen.add(name)
+    return names
 
 
 def _segments(layout: Layout) -> Iterator[Segment]:

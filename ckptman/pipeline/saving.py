@@ -19,7 +19,7 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -32,7 +32,7 @@ import torch
 from ckptman.errors import CommitUnknown, Fenced, SaveFailed, StorageError
 from ckptman.format.catalog import Entry, entry_of
 from ckptman.format.digest import sha256
-from ckptman.format.manifest import Component, Manifest, write_manifest
+from ckptman.format.manifest import Component, File, Manifest, Tensor, write_manifest
 from ckptman.format.metrics import JsonMetrics
 from ckptman.format.names import Attempt, manifest_key
 from ckptman.pipeline.cycles import no_search_for_cycles
@@ -43,6 +43,7 @@ from ckptman.repository.keep import Keep
 from ckptman.repository.ownership import Ownership
 from ckptman.repository.repository import checkpoint_of
 from ckptman.state.capture import Captured
+from ckptman.storage.base import Storage
 from ckptman.types import Checkpoint
 
 
@@ -68,6 +69,26 @@ class Saved:
     pruned: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """
+    A save that may be staged.
+
+    Attributes:
+        job: The save.
+        captured: What this process stages: file → its leaves.
+        attempts: What it may borrow from.
+        write: Writes and commits, from what is staged.
+        abandon: For a failure of staging: tells whoever waits for ``write``. Does nothing once that was called.
+    """
+
+    job: Job
+    captured: Mapping[str, Captured]
+    attempts: Collection[str]
+    write: Callable[[Source], Saved]
+    abandon: Callable[[BaseException], None]
+
+
 def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:
     """
     Write and commit *job*; the checkpoint is durable when this returns.
@@ -78,7 +99,7 @@ def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:
         CommitUnknown: The storage would not say whether the commit landed.
     """
     owner.check()
-    attempt = str(Attempt(step=job.step, epoch=owner.writer.epoch, nonce=secrets.token_hex(4)))
+    attempt = name_attempt(owner, job.step)
     try:
         manifest, entry = _write_attempt(owner, job, source, attempt)
         source.confirm()
@@ -86,7 +107,8 @@ def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:
         owner.discard(attempt)
         raise _failed(job, error) from error
     try:
-        return _commit(owner, job, manifest, entry)
+        listed, pruned = commit_entry(owner, job, entry)
+        return Saved(checkpoint=checkpoint_of(listed, owner.storage.url), manifest=manifest, pruned=pruned)
     except CommitUnknown:
         raise  # it may be listed: whoever reads the catalog next knows
     except (Fenced, SaveFailed, StorageError) as error:
@@ -97,6 +119,11 @@ def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:
         raise failure from error
 
 
+def name_attempt(owner: Ownership, step: int) -> str:
+    """A name for the next try at *step*, never used before."""
+    return str(Attempt(step=step, epoch=owner.writer.epoch, nonce=secrets.token_hex(4)))
+
+
 def _failed(job: Job, error: BaseException) -> BaseException:
     if isinstance(error, (Fenced, SaveFailed, KeyboardInterrupt, SystemExit)) or not isinstance(error, Exception):
         return error
@@ -104,12 +131,19 @@ def _failed(job: Job, error: BaseException) -> BaseException:
 
 
 def _write_attempt(owner: Ownership, job: Job, source: Source, attempt: str) -> tuple[Manifest, Entry]:
-    storage = owner.storage
     after = owner.newest.number
-    files, tensors = write_files(storage, attempt, source.files, source.slots, source.arena)
+    files, tensors = write_files(owner.storage, attempt, source.files, source.slots, source.arena)
     tensors += source.borrowed.behind(len(files))
     files += source.borrowed.files
-    manifest = Manifest(
+    manifest = manifest_of(owner, job, attempt, after=after, files=files, tensors=tensors)
+    return manifest, put_manifest(owner.storage, manifest, tags=job.tags)
+
+
+def manifest_of(
+    owner: Ownership, job: Job, attempt: str, *, after: int, files: Sequence[File], tensors: Sequence[Tensor]
+) -> Manifest:
+    """The manifest of a save by one process."""
+    return Manifest(
         root=owner.root,
         step=job.step,
         attempt=attempt,
@@ -126,15 +160,20 @@ def _write_attempt(owner: Ownership, job: Job, source: Source, attempt: str) -> 
         aliases={alias: name for part in job.captured.values() for alias, name in part.aliases.items()},
         environment=environment(),
     )
+
+
+def put_manifest(storage: Storage, manifest: Manifest, *, tags: tuple[str, ...]) -> Entry:
+    """Write *manifest* and make all names of its attempt durable; return how the catalog will list it."""
     with no_search_for_cycles():
         data = write_manifest(manifest)
-    with storage.open_new(manifest_key(attempt)) as out:
+    with storage.open_new(manifest_key(manifest.attempt)) as out:
         out.write(data)
-    storage.persist([attempt, ""])
-    return manifest, entry_of(manifest, sha256(data), tags=job.tags)
+    storage.persist([manifest.attempt, ""])
+    return entry_of(manifest, sha256(data), tags=tags)
 
 
-def _commit(owner: Ownership, job: Job, manifest: Manifest, entry: Entry) -> Saved:
+def commit_entry(owner: Ownership, job: Job, entry: Entry) -> tuple[Entry, tuple[int, ...]]:
+    """List *entry* and drop what the keep rule drops: how it is listed now, and the steps that were dropped."""
     url = owner.storage.url
     dropped: list[Entry] = []
 
@@ -149,8 +188,7 @@ def _commit(owner: Ownership, job: Job, manifest: Manifest, entry: Entry) -> Sav
         return left
 
     record = owner.commit(change, f"save step {job.step}")
-    checkpoint = checkpoint_of(record.checkpoints[-1], url)
-    return Saved(checkpoint=checkpoint, manifest=manifest, pruned=tuple(entry.step for entry in dropped))
+    return record.checkpoints[-1], tuple(entry.step for entry in dropped)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.borrowing import Key, key_of
 from ckptman.pipeline.planning import Part, PlannedFile, Planner, Run, Segment
 from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured, Leaf
@@ -60,15 +61,15 @@ class Staging:
         planner: Planner,
         captured: Mapping[str, Captured],
         *,
-        without: Collection[str] = (),
+        without: Collection[Key] = (),
         slots: int | None = None,
     ) -> None:
-        """Plan to stage all of *captured* but the tensors *without*; with at most so many *slots*."""
+        """Plan to stage all of *captured* but the leaves *without*; with at most so many *slots*."""
         self._arena = arena
         self._sources = [
             _source(planner, name, leaves)
             for name, part in captured.items()
-            if (leaves := [leaf for leaf in part.leaves if leaf.name not in without] if without else part.leaves)
+            if (leaves := [leaf for leaf in part.leaves if key_of(leaf) not in without] if without else part.leaves)
         ]
         self.files = [source.file for source in self._sources]
         self.count = sum(len(file.segments) for file in self.files)

@@ -9,11 +9,10 @@ from typing import TypeVar
 from ckptman.format.digest import BLOCK_NBYTES, Hasher, block_digest
 from ckptman.format.manifest import Chunk, File, Tensor
 from ckptman.format.names import data_key
-from ckptman.format.safetensors_layout import Placed
 from ckptman.pipeline.arena import Arena, Slot
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
-from ckptman.storage.base import NewFile, Storage
+from ckptman.storage.base import Expects, NewFile, Storage
 
 ALONE_NBYTES = 1 << 20
 """So much is copied, digested and written by one thread: to start another one takes longer."""
@@ -39,8 +38,10 @@ def write_files(
     with ThreadPoolExecutor(1, thread_name_prefix="ckptman-digest") as beside:
         for file in files:
             path = data_key(attempt, file.component)
-            digesting = _Digesting(file.layout.tensors)
+            digesting = _Digesting(file)
             with storage.open_new(path) as out:
+                if isinstance(out, Expects):
+                    out.expect(file.layout.nbytes)
                 for segment in file.segments:
                     slot = next(slots)
                     try:
@@ -48,7 +49,7 @@ def write_files(
                     finally:
                         arena.give_back(slot)
             described.append(file.layout.file(path))
-            tensors += digesting.described(file.component, len(described) - 1)
+            tensors += digesting.described(len(described) - 1)
     return described, tensors
 
 
@@ -78,8 +79,9 @@ def _begin(executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Callable
 class _Digesting:
     """The digests of a file's tensors, from its segments in order."""
 
-    def __init__(self, tensors: Sequence[Placed]) -> None:
-        self._tensors = tensors
+    def __init__(self, file: PlannedFile) -> None:
+        self._tensors = file.layout.tensors
+        self._boxes = file.boxes
         self._digests: list[tuple[str, ...]] = []  # of the tensors that are complete
         self._blocks: list[str] = []  # of the one that is not
         self._hasher = Hasher()  # of its block that is not
@@ -92,23 +94,25 @@ class _Digesting:
                 self._part(piece, data[piece.at : piece.at + piece.stop - piece.start])
 
     @no_search_for_cycles()
-    def described(self, component: str, file: int) -> list[Tensor]:
+    def described(self, file: int) -> list[Tensor]:
         return [
             Tensor(
-                name=f"{component}/{placed.name}",
+                name=box.name,
                 dtype=placed.dtype,
-                shape=placed.shape,
+                shape=placed.shape if box.shape is None else box.shape,
                 chunks=(
                     Chunk(
                         file=file,
                         start=placed.start,
                         nbytes=placed.nbytes,
                         digests=digests,
-                        key=placed.key if placed.key != placed.name else None,
+                        offset=box.offset,
+                        shape=None if box.offset is None else placed.shape,
+                        key=placed.key if placed.key != box.name.partition("/")[2] else None,
                     ),
                 ),
             )
-            for placed, digests in zip(self._tensors, self._digests, strict=True)
+            for placed, box, digests in zip(self._tensors, self._boxes, self._digests, strict=True)
         ]
 
     def _run(self, run: Run, data: memoryview) -> None:

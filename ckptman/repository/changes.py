@@ -63,14 +63,16 @@ def pruning(keep: Keep, url: str, *, attempts: Collection[str]) -> Change:
     return change
 
 
-def with_checkpoint(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
+def with_checkpoint(entries: Sequence[Entry], entry: Entry, *, ours: Collection[str] = ()) -> list[Entry]:
     """
     *entries* with *entry* as the newest: it replaces one of its step and takes over its tags; tags move to it.
+
+    *ours* are files that it may borrow though nothing lists them yet: the writer knows that nobody deletes them.
 
     Raises:
         StorageError: It borrows a file that none of *entries* owns or borrows: that may be deleted at any moment.
     """
-    _check_borrows(entries, entry)
+    _check_borrows(entries, entry, ours)
     replaced = next((e for e in entries if e.step == entry.step), None)
     if replaced is not None:
         entry = msgspec.structs.replace(entry, tags=tuple(dict.fromkeys((*replaced.tags, *entry.tags))))
@@ -78,9 +80,9 @@ def with_checkpoint(entries: Sequence[Entry], entry: Entry) -> list[Entry]:
     return [*(without_tags(e, entry.tags) for e in others), entry]
 
 
-def _check_borrows(entries: Sequence[Entry], entry: Entry) -> None:
+def _check_borrows(entries: Sequence[Entry], entry: Entry, ours: Collection[str]) -> None:
     owners = {e.attempt for e in entries}
-    lent = {key for e in entries for key in e.borrows}
+    lent = {key for e in entries for key in e.borrows}.union(ours)
     for key in entry.borrows:
         if key.partition("/")[0] not in owners and key not in lent:
             raise StorageError(f"step {entry.step} borrows {key}, which no checkpoint needs any more", key=key)

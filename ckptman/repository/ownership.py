@@ -2,7 +2,7 @@
 Becoming the writer of a root, and ceasing to be it.
 
 1. Put ``ckptman.json`` (create-only; whoever comes second reads the first one's).
-2. Wait for the lock, where the storage can have one.
+2. Wait for the lock: a file lock, or on object stores a lease; none where the storage can have neither.
 3. Commit a record with the next epoch. From then on no older writer can commit, whether or not the lock excluded it.
 4. Sweep what dead writers left behind.
 
@@ -27,10 +27,16 @@ from ckptman.format.sealed import NewerFormat
 from ckptman.repository.commit import Change, commit, utc_now
 from ckptman.repository.file_lock import RootLock
 from ckptman.repository.head import Head, attempts, has_manifest, read_head
+from ckptman.repository.lease import LIFE_S, Holder, Lease
 from ckptman.repository.sweep import no_longer_needed, tidy, unlisted
-from ckptman.storage.base import KeyExists, KeyMissing, Storage
+from ckptman.storage.base import KeyExists, KeyMissing, Storage, Swaps
+
+Lock = RootLock | Lease
 
 MAX_MARKER_NBYTES = 1 << 16
+
+TAKE_OVER = "take over"
+"""The change of a record that only names a new writer."""
 
 
 class _Marker(msgspec.Struct, kw_only=True):
@@ -52,7 +58,7 @@ class Ownership:
         *,
         root: str,
         record: Record,
-        lock: RootLock | None,
+        lock: Lock | None,
         on_succession: Callable[[], object],
     ) -> None:
         self.storage = storage
@@ -110,7 +116,7 @@ class Ownership:
         if lock is not None:
             lock.release()
 
-    def surrender(self) -> RootLock | None:
+    def surrender(self) -> Lock | None:
         """Finish what is under way, then hand the lock to a successor in this process."""
         self._on_succession()
         self._lost_to = f"another manager in this process took {self.storage.url} over"
@@ -147,7 +153,8 @@ def take(
     *,
     timeout_s: float,
     change: Change = tuple,
-    what: str = "take over",
+    what: str = TAKE_OVER,
+    sweeps: bool = True,
     mend: Callable[[Storage], str] | None = None,
     on_succession: Callable[[], object] = lambda: None,
     clock: Callable[[], datetime] = utc_now,
@@ -160,6 +167,7 @@ def take(
         timeout_s: Seconds to wait for a writer in another process to go away.
         change: Applied to what exists.
         what: The phrase for the catalog.
+        sweeps: Whether to delete what dead writers left behind.
         mend: For a repair: called under the lock, it mends the root's marker and returns the root's id; and a root
             whose records are all damaged or gone is accepted though it holds checkpoints.
         on_succession: Called when another owner in this process takes over; returns when nothing is under way.
@@ -183,7 +191,8 @@ def take(
     try:
         root = identify(storage)
         record = commit(storage, change, root=root, what=what, writer_for=next_writer, clock=clock)
-        tidy(storage, record, unlisted(storage, record))
+        if sweeps:
+            tidy(storage, record, unlisted(storage, record))
     except BaseException:
         if lock is not None:
             lock.release()
@@ -204,7 +213,7 @@ def _highest_epoch(storage: Storage, head: Head) -> int:
     return max([0, *epochs, *([head.record.writer.epoch] if head.record else [])])
 
 
-def _lock(storage: Storage, timeout_s: float) -> RootLock | None:
+def _lock(storage: Storage, timeout_s: float) -> Lock | None:
     with _OWNERS_MUTEX:
         predecessor = _OWNERS.get(storage.identity)
     if predecessor is not None:
@@ -212,26 +221,32 @@ def _lock(storage: Storage, timeout_s: float) -> RootLock | None:
         with _OWNERS_MUTEX:
             _OWNERS.pop(storage.identity, None)
         return lock
-    if storage.lock_path is None:
-        return None
-    lock = RootLock(storage.lock_path)
-    if not lock.acquire(timeout_s):
-        raise _held(storage, timeout_s)
-    return lock
+    if storage.lock_path is not None:
+        lock = RootLock(storage.lock_path)
+        if not lock.acquire(timeout_s):
+            raise _held(storage, timeout_s, None)
+        return lock
+    if isinstance(storage, Swaps) and storage.can_swap:
+        lease = Lease(storage)
+        if not lease.acquire(timeout_s):
+            raise _held(storage, timeout_s, lease.holder)
+        return lease
+    return None
 
 
-def _held(storage: Storage, timeout_s: float) -> LockTimeout:
+def _held(storage: Storage, timeout_s: float, holder: Holder | None) -> LockTimeout:
     record = read_head(storage).record
-    if record is None:
+    writer = holder or (record.writer if record else None)
+    if writer is None:
         return LockTimeout(
             f"another process holds the lock of {storage.url} and did not free it within {timeout_s:g} s"
         )
-    writer = record.writer
     age = (utc_now() - writer.since).total_seconds()
     return LockTimeout(
         f"{storage.url} has a writer that did not go away within {timeout_s:g} s: host {writer.host}, "
         f"pid {writer.pid}, for {age:.0f} s (since {writer.since:%Y-%m-%d %H:%M:%S} UTC). "
-        "Wait for it, stop it, or use another root",
+        "Wait for it, stop it, or use another root"
+        + (f" (one that was killed is succeeded {LIFE_S:g} s after its last sign of life)" if holder else ""),
         host=writer.host,
         pid=writer.pid,
     )

@@ -20,6 +20,9 @@ from ckptman.storage.base import KeyMissing, Storage
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
 
+_GAP_NBYTES = 64 << 10
+"""Neighbours are read together only where no more than this, which nobody wants, lies between them."""
+
 Memory = Callable[[Tensor, Chunk], memoryview | None]
 """Where a chunk's bytes shall go; None to check them only."""
 
@@ -117,6 +120,28 @@ class CheckedReader:
             self._check(file, part, index, block)
             yield start, block
 
+    def read_run(self, file: File, part: Part, block: int, run: tuple[int, int], memory: memoryview) -> None:
+        """
+        Read and check *block* of a chunk, and give of it what lies within *run*: bytes (start, stop) of the chunk.
+
+        Args:
+            file: Where the chunk lies.
+            part: The chunk.
+            block: Number of a block that has bytes of the run.
+            run: What is wanted.
+            memory: Takes the run.
+        """
+        first = block * self._manifest.block_nbytes
+        end = min(first + self._manifest.block_nbytes, part.chunk.nbytes)
+        start, stop = max(run[0], first), min(run[1], end)
+        into = memory[start - run[0] : stop - run[0]]
+        is_whole = (start, stop) == (first, end)
+        view = into if is_whole else memoryview(bytearray(end - first))
+        self._fill(file, part.chunk.start + first, view, part.tensor)
+        self._check(file, part, block, view)
+        if not is_whole:
+            into[:] = view[start - first : stop - first]
+
     def _read_block(self, file: File, part: Part, block: int, memory: Memory) -> None:
         start = block * self._manifest.block_nbytes
         stop = min(start + self._manifest.block_nbytes, part.chunk.nbytes)
@@ -166,7 +191,7 @@ def _spans(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Group neighbours so that no group reaches over more than `SPAN_NBYTES`, unless it is one large chunk."""
     span: list[Part] = []
     for part in parts:
-        if span and part.stop - span[0].chunk.start > SPAN_NBYTES:
+        if span and (part.stop - span[0].chunk.start > SPAN_NBYTES or part.chunk.start - span[-1].stop > _GAP_NBYTES):
             yield span
             span = []
         span.append(part)

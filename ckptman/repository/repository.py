@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from ckptman.errors import CheckpointNotFound, IntegrityError
-from ckptman.format.catalog import Entry, Record, read_newest, read_record
+from ckptman.format.catalog import Entry, Record, read_record
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, Manifest, read_manifest
 from ckptman.format.metrics import metrics_from_json
@@ -62,11 +62,6 @@ class Repository:
         record = self.head().record
         return record.checkpoints if record else ()
 
-    def newest(self) -> tuple[Entry, ...]:
-        """The last of ``entries``, or nothing, without looking at the others. Raises as ``head`` does."""
-        record = self.head(read=read_newest).record
-        return record.checkpoints if record else ()
-
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first. Raises as ``head`` does."""
         return [self.checkpoint(entry) for entry in self.entries()]
@@ -83,6 +78,10 @@ class Repository:
             IntegrityError: It is missing, or its bytes differ from what was committed.
             FormatError: It is of a newer format.
         """
+        return read_manifest(self.manifest_data(entry), entry.attempt)
+
+    def manifest_data(self, entry: Entry) -> bytes:
+        """The bytes of the manifest of *entry*, checked. Raises as ``manifest`` does."""
         key = manifest_key(entry.attempt)
         try:
             data = self.storage.read(key, limit=MAX_MANIFEST_NBYTES)
@@ -94,7 +93,7 @@ class Repository:
                 step=entry.step,
                 file=key,
             )
-        return read_manifest(data, entry.attempt)
+        return data
 
 
 def checkpoint_of(entry: Entry, url: str) -> Checkpoint:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ckptman.state.collecting import Collector, Leaf
+from ckptman.state.dtensor import settle
 from ckptman.state.kinds import RNG, capture_component
 from ckptman.state.optimizers import names_of_parameters
 from ckptman.state.rng import untouched
@@ -47,6 +48,7 @@ def capture(state: Mapping[str, object], *, rng: bool) -> dict[str, Captured]:
     Raises:
         UnsupportedState: Something cannot be saved without pickle; its ``path`` says what.
     """
+    settle(state.values())
     members = names_of_parameters(state)
     # foreign state_dict methods may draw random numbers: what is captured is what was before any of them
     with torch.inference_mode(False), torch.no_grad(), untouched() as streams:

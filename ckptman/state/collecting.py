@@ -14,8 +14,9 @@ from torch.nn.parameter import Parameter
 from ckptman.errors import UnsupportedState
 from ckptman.format.numpy_values import is_inline, numpy_tree
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, to_json
+from ckptman.state.dtensor import is_sharded, shards
 from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
-from ckptman.state.tensors import check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
+from ckptman.state.tensors import address, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
 
 _SPECIAL = re.compile(r"""['"\[\]]""")
 _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
@@ -23,16 +24,21 @@ _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
 
 class Leaf(msgspec.Struct, frozen=True, kw_only=True):
     """
-    One tensor of a checkpoint.
+    One tensor of a checkpoint, or what this process holds of it.
 
     Attributes:
         name: ``<component>/<name inside>``, unique in the checkpoint.
         tensor: Detached and strided, without conjugate or negative bit; on any device; perhaps not contiguous. It
             shares the memory of the live object where there is one, so it changes when training goes on.
+        offset, shape: Where ``tensor`` lies in the whole, and the shape of that; None for all but DTensors.
+        is_parameter: Whether ranks that hold all of it are meant to hold the same: a parameter, or a DTensor.
     """
 
     name: str
     tensor: torch.Tensor
+    offset: tuple[int, ...] | None = None
+    shape: tuple[int, ...] | None = None
+    is_parameter: bool = False
 
 
 class Collector:
@@ -86,6 +92,8 @@ class Collector:
         """
         check_savable(tensor, path)
         if not is_plain(tensor):
+            if is_sharded(tensor):
+                return self._sharded(name, tensor, path)
             if not anchored:
                 raise refused_subclass(tensor, path)
             return self._parts(self._unique(name), take_subclass_apart(tensor, path), tensor, path, anchored=anchored)
@@ -95,16 +103,35 @@ class Collector:
 
     def _strided(self, name: str, tensor: torch.Tensor, *, anchored: bool) -> TensorRef:
         full = self._unique(name)
-        neighbours = self._seen[tensor.data_ptr() or id(tensor)]  # empty ones have no address
+        ref = self._met(full, tensor)
+        if ref.name != full:
+            return ref
+        self.leaves.append(Leaf(name=full, tensor=plain_view(tensor), is_parameter=type(tensor) is Parameter))
+        if not anchored and (tensor.requires_grad or type(tensor) is not torch.Tensor or not tensor.is_cpu):
+            self._note(full, tensor, _WHOLE, {})
+        return ref
+
+    def _met(self, full: str, tensor: torch.Tensor) -> TensorRef:
+        """The reference to *tensor*: under the name that it has already where it was met before, else under *full*."""
+        neighbours = self._seen[address(tensor)]
         for ref, other in neighbours:
             if _is_one(tensor, other):
                 self.aliases[full] = ref.name
                 return ref
-        ref = TensorRef(full)
-        neighbours.append((ref, tensor))
-        self.leaves.append(Leaf(name=full, tensor=plain_view(tensor)))
-        if not anchored and (tensor.requires_grad or type(tensor) is not torch.Tensor or not tensor.is_cpu):
-            self._note(full, tensor, _WHOLE, {})
+        neighbours.append((TensorRef(full), tensor))
+        return neighbours[-1][0]
+
+    def _sharded(self, name: str, tensor: torch.Tensor, path: str) -> TensorRef:
+        full = self._unique(name)
+        ref = self._met(full, tensor)
+        if ref.name != full:
+            return ref
+        for offset, held in shards(tensor, path):
+            if not is_plain(held):
+                raise refused_subclass(held, path)
+            self.leaves.append(
+                Leaf(name=full, tensor=plain_view(held), offset=offset, shape=tuple(tensor.shape), is_parameter=True)
+            )
         return ref
 
     def _parts(self, full: str, parts: Parts, tensor: torch.Tensor, path: str, *, anchored: bool) -> TensorRef:

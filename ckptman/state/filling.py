@@ -19,6 +19,7 @@ from ckptman.format.manifest import Tensor
 from ckptman.format.values import ArrayRef, TensorRef
 from ckptman.state.collecting import is_torch_dtype
 from ckptman.state.differences import Differences
+from ckptman.state.dtensor import is_sharded
 from ckptman.state.layouts import ARRAY, SUBCLASS, Note, dress, put_together
 from ckptman.state.stored import Stored, device_of
 from ckptman.state.tensors import TieKey, check_savable, dtype_of, fresh, is_fillable, overwrite, tie_key
@@ -144,13 +145,13 @@ class Filling:
 
     def _target(self, name: str, note: Note, live: torch.Tensor | None, device: torch.device | None) -> None:
         if live is not None and is_fillable(live):
-            self.targets[name] = live.detach()
+            self.targets[name] = live if is_sharded(live) else live.detach()
             self._objects[name] = live
             return
         stored = self._tensors[name]
         where = (device or _available(note.device)) if live is None else live.device
         target = fresh(dtype_of(stored.dtype), stored.shape, device=where, like=live)
-        self.targets[name] = target.detach()
+        self.targets[name] = target if is_sharded(target) else target.detach()
         self._objects[name] = dress(target, note)
 
     def _subclass(self, stored: Stored, ref: TensorRef, live: torch.Tensor | None) -> GiveTensor | None:

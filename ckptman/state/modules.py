@@ -21,9 +21,10 @@ from torch import nn
 
 from ckptman.format.values import TensorRef
 from ckptman.state.collecting import Collector
+from ckptman.state.dtensor import is_of_fsdp2, is_sharded
 from ckptman.state.filling import Filling, Give, GiveTensor, Phase, give_back
 from ckptman.state.stored import Stored
-from ckptman.state.tensors import check_savable, describe
+from ckptman.state.tensors import check_savable, describe, fresh
 from ckptman.state.trees import give_tree
 
 EXTRA = "_extra_state"
@@ -100,7 +101,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def _has_own_way(owner: nn.Module) -> bool:
-    return any(getattr(owner, hooks, None) for hooks in _HOOKS) or any(_is_overridden(owner, name) for name in _METHODS)
+    hooks = (hook for name in _HOOKS for hook in (getattr(owner, name, None) or {}).values())
+    return not all(map(is_of_fsdp2, hooks)) or any(_is_overridden(owner, name) for name in _METHODS)
 
 
 def _is_overridden(owner: nn.Module, name: str) -> bool:
@@ -227,7 +229,8 @@ def _prepare_through_hooks(module: nn.Module, saved: ModuleState, stored: Stored
             value = saved.entries[clean[raw]]
             _compare_entry(clean[raw], live, value, stored, filling)
             device = live.device if isinstance(live, torch.Tensor) else None
-            gives[raw] = give_tree(None, value, stored, filling, device=device)
+            seat = fresh(live.dtype, tuple(live.shape), device=live.device, like=live) if is_sharded(live) else None
+            gives[raw] = give_tree(seat, value, stored, filling, device=device)
 
     def load() -> None:
         filled: OrderedDict[str, object] = OrderedDict((raw, give()) for raw, give in gives.items())

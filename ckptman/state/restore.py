@@ -8,9 +8,11 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ckptman.format.manifest import Manifest
+from ckptman.state.dtensor import settle
 from ckptman.state.filling import Filling
 from ckptman.state.kinds import GLOBAL_RNG, RNG, prepare_component
 from ckptman.state.optimizers import names_of_parameters
+from ckptman.state.reranking import Reranking
 from ckptman.state.rng import snapshot, untouched
 from ckptman.state.stored import Stored
 
@@ -48,7 +50,14 @@ class Restoration:
 
 
 def prepare(
-    state: Mapping[str, object], manifest: Manifest, *, only: Collection[str] | None, strict: bool, rng: bool
+    state: Mapping[str, object],
+    manifest: Manifest,
+    *,
+    only: Collection[str] | None,
+    strict: bool,
+    rng: bool,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Restoration:
     """
     Compare the checkpoint with the live *state*, and find the places for its tensors. Touches nothing.
@@ -59,6 +68,8 @@ def prepare(
         only: The components to restore; None for all of them. Others are not even compared.
         strict: Whether something that only one side has is an error. If not, it is left out, with one warning.
         rng: Whether the global random streams are restored (if *only* is None or names ``rng``).
+        rank: Which rank this is.
+        world_size: Of how many. Where another number of ranks saved the checkpoint, see `ckptman.state.reranking`.
 
     Raises:
         StateMismatch: They disagree; every difference is named.
@@ -66,33 +77,37 @@ def prepare(
         FormatError: The checkpoint's values are not as their kinds demand.
         ValueError: *only* names a component that neither side has.
     """
+    settle(state.values())
     live = {**state, RNG: snapshot()} if rng else dict(state)
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     filling = Filling(tensors, names_of_parameters(state))
+    reranking = Reranking.of(manifest, tensors, rank, world_size)
     with torch.inference_mode(False), torch.no_grad(), untouched():
         for name in _chosen(live, manifest, only):
             if name not in manifest.components:
                 _lacking(name, filling)
             elif name in live:
-                prepare_component(live[name], Stored(manifest, name, tensors), filling)
+                if reranking is None or not reranking.prepare(live[name], name, filling):
+                    own = rank if reranking is None else 0
+                    prepare_component(live[name], Stored(manifest, name, tensors, rank=own), filling)
             else:
                 filling.differences.tolerable(f"{name}: the checkpoint has this component, the live state does not")
     filling.differences.settle(strict=strict)
     for warning in filling.warnings:
-        warnings.warn(f"restoring random streams: {warning}", UserWarning, stacklevel=3)
+        warnings.warn(f"restoring {warning}", UserWarning, stacklevel=3)
     return Restoration(filling, is_complete=only is None and filling.differences.is_empty)
 
 
 def _lacking(name: str, filling: Filling) -> None:
     if name == RNG:
-        filling.warnings.append("none were saved in this checkpoint; they stay as they are")
+        filling.warnings.append("random streams: none were saved in this checkpoint; they stay as they are")
     else:
         filling.differences.tolerable(f"{name}: the live state has this component, the checkpoint does not")
 
 
 def _chosen(live: Mapping[str, object], manifest: Manifest, only: Collection[str] | None) -> list[str]:
     # streams that nobody asked for are no component that the live state lacks
-    saved = [name for name, component in manifest.components.items() if component.kind != GLOBAL_RNG.name]
+    saved = [name for name in manifest.shared_components if manifest.components[name].kind != GLOBAL_RNG.name]
     known = [*live, *(name for name in saved if name not in live)]
     if only is None:
         return known

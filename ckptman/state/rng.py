@@ -59,6 +59,13 @@ def put_back(streams: GlobalStreams) -> None:
                 module.set_rng_state(state, index)
 
 
+def seed(number: int) -> None:
+    """Make all global streams begin anew from *number*."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
 @contextmanager
 def untouched() -> Iterator[GlobalStreams]:
     """Within the block anything may draw random numbers: afterwards the global streams are where they were."""
@@ -129,10 +136,13 @@ def prepare_global(stored: Stored, filling: Filling) -> None:
         module = _module_of(name)
         count = 0 if module is None else 1 if name == "mps" else module.device_count()
         if count != len(states):
-            filling.warnings.append(f"{len(states)} random streams of {name} devices were saved, {count} are here")
+            filling.warnings.append(
+                f"random streams: {len(states)} random streams of {name} devices were saved, {count} are here"
+            )
     if not _fits_numpy(saved):
         filling.warnings.append(
-            f"NumPy's global stream was a {saved.numpy['bit_generator']} and is now another: it is not restored"
+            f"random streams: NumPy's global stream was a {saved.numpy['bit_generator']} and is now another: "
+            "it is not restored"
         )
     filling.later(Phase.RNG, lambda: put_back(msgspec.convert(give(), GlobalStreams)))
 

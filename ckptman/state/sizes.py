@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from ckptman.state import modules
+from ckptman.state.dtensor import is_sharded, local
 from ckptman.state.tensors import TieKey, is_plain, tie_key
 
 
@@ -26,6 +27,8 @@ def expected_nbytes(state: Mapping[str, object]) -> int:
         for tensor in _tensors(live):
             if is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
                 tensors[tie_key(tensor)] = tensor
+            elif is_sharded(tensor):
+                tensors[tie_key(tensor)] = local(tensor)
         if isinstance(live, Optimizer):
             forecast += sum(_moments(group) for group in live.param_groups) if not live.state else 0
     return forecast + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -46,4 +49,5 @@ def _moments(group: Mapping[str, Any]) -> int:
     count = 2 if "betas" in group else 1 if group.get("momentum") else 0
     count += bool(group.get("amsgrad"))
     parameters: list[torch.Tensor] = group["params"]
-    return count * sum(p.numel() * p.element_size() for p in parameters if p.requires_grad and is_plain(p))
+    held = [local(parameter) for parameter in parameters if parameter.requires_grad]
+    return count * sum(part.numel() * part.element_size() for part in held if type(part) is torch.Tensor)

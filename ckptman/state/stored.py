@@ -11,7 +11,10 @@ import torch
 
 from ckptman.errors import FormatError
 from ckptman.format.manifest import Manifest, Tensor
+from ckptman.format.names import rank_name
+from ckptman.format.ranks import component_of, own_name
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, from_json
+from ckptman.state.dtensor import is_sharded
 from ckptman.state.layouts import ARRAY, PARTS, SUBCLASS, Note, take_subclass_apart
 from ckptman.state.tensors import dtype_name, dtype_of, is_plain
 
@@ -29,19 +32,35 @@ class Stored:
 
     Attributes:
         name, kind: As the manifest has them.
+        rank: Whose part it is, where ranks have something of their own.
         tree: Its state; `TensorRef` and `ArrayRef` stand in the places of tensors and arrays.
         tensors: All tensors of the checkpoint, by name.
     """
 
-    def __init__(self, manifest: Manifest, name: str, tensors: Mapping[str, Tensor]) -> None:
-        component = manifest.components[name]
+    def __init__(self, manifest: Manifest, name: str, tensors: Mapping[str, Tensor], *, rank: int = 0) -> None:
+        component = component_of(manifest, name, rank)
         self.name = name
-        self._prefix = f"{name}/"
+        self.rank = rank
+        self._prefixes = (f"{name}/",) if rank == 0 else (f"{name}/", f"{rank_name(name, rank)}/")
         self.kind = component.kind
         self.tensors = tensors
-        whole = _convert(from_json(bytes(component.values), _resolve), _Component, name)
+        whole = _convert(from_json(bytes(component.values), self._resolve), _Component, name)
         self.tree = whole.state
-        self._notes = whole.notes
+        self._notes = {self._own(tensor): self._own_parts(note) for tensor, note in whole.notes.items()}
+
+    def _resolve(self, marker: Marker) -> object:
+        if self.rank and isinstance(marker, TensorRef | ArrayRef):
+            return type(marker)(self._own(marker.name))
+        return _resolve(marker)
+
+    def _own(self, name: str) -> str:
+        own = own_name(name, self.rank)
+        return own if own in self.tensors else name
+
+    def _own_parts(self, note: Note) -> Note:
+        if not self.rank or not note.parts:
+            return note
+        return msgspec.structs.replace(note, parts={part: self._own(name) for part, name in note.parts.items()})
 
     def read(self, kind: type[Document]) -> Document:
         """The tree as the document *kind*. Raises FormatError if it is none."""
@@ -50,20 +69,23 @@ class Stored:
     def note(self, ref: TensorRef | ArrayRef) -> Note:
         """What is noted of *ref*. Raises FormatError if it is not the name of a tensor of this component."""
         note = self._notes.get(ref.name, _PLAIN)
-        if note is _PLAIN and ref.name in self.tensors and ref.name.startswith(self._prefix):
+        if note is _PLAIN and ref.name in self.tensors and ref.name.startswith(self._prefixes):
             return note
         if note.layout != SUBCLASS and note.parts.keys() != PARTS.get(note.layout, set()):
             raise FormatError(f"{ref.name!r} has the parts {sorted(note.parts)}, which no {note.layout!r} tensor has")
         leaves = note.parts.values() if note.parts else (ref.name,)
         for leaf in leaves:
             known = leaf in self.tensors or (note.layout == SUBCLASS and leaf in self._notes)
-            if not known or not leaf.startswith(self._prefix):
+            if not known or not leaf.startswith(self._prefixes):
                 raise FormatError(f"the values of {self.name!r} refer to a tensor {leaf!r} that it does not have")
         return note
 
     def agrees(self, ref: TensorRef, live: torch.Tensor) -> bool:
         """Whether *live* can hold exactly what is stored as *ref*: class, layout, dtype, shape."""
         note = self.note(ref)
+        if is_sharded(live):
+            stored = self.tensors.get(ref.name)
+            return stored is not None and live.shape == stored.shape and dtype_name(live.dtype) == stored.dtype
         if note.layout == SUBCLASS:
             return not is_plain(live) and self._subclass_agrees(note, live)
         if not is_plain(live):

@@ -15,6 +15,8 @@ from torch.nn.parameter import Parameter, is_lazy
 
 from ckptman.errors import UnsupportedState
 from ckptman.format.dtypes import DTYPES
+from ckptman.state import dtensor
+from ckptman.state.dtensor import is_sharded
 
 _BY_NAME: dict[str, torch.dtype] = {
     name: dtype for name in DTYPES if isinstance(dtype := getattr(torch, name, None), torch.dtype)
@@ -103,10 +105,19 @@ def plain_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def tie_key(tensor: torch.Tensor) -> TieKey:
     """Equal for two live strided tensors that are one: the same elements of the same memory, read the same way."""
+    if is_sharded(tensor):
+        held = dtensor.local(tensor)
+        return (*(tie_key(held) if held.numel() else (id(tensor),)), tensor.shape)
     if tensor.numel() == 0:
         return (id(tensor),)
     place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return (*place, tensor.is_conj(), tensor.is_neg())
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Equal for tensors that are one, and for few others: `tie_key` tells. Empty ones have no address but their own."""
+    held = dtensor.local(tensor) if is_sharded(tensor) else tensor
+    return held.data_ptr() or id(tensor)
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -122,6 +133,8 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def is_fillable(tensor: torch.Tensor) -> bool:
     """Whether a reader may write into *tensor*, from any thread, what its bytes are to be."""
+    if is_sharded(tensor):
+        return is_fillable(dtensor.local(tensor))
     if tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
         return False
     return tensor.is_contiguous() or (tensor.dtype not in _WITHOUT_COPY and not overlaps_itself(tensor))
@@ -130,7 +143,9 @@ def is_fillable(tensor: torch.Tensor) -> bool:
 def fresh(
     dtype: torch.dtype, shape: tuple[int, ...], *, device: torch.device, like: torch.Tensor | None
 ) -> torch.Tensor:
-    """An uninitialised tensor, in the memory format of *like* where that has the same shape."""
+    """An uninitialised tensor, in the memory format of *like* where that has the same shape, and sharded as it is."""
+    if like is not None and is_sharded(like) and shape and tuple(like.shape) == shape:
+        return dtensor.like(like, dtype)
     if like is None or not is_plain(like) or like.layout != torch.strided or tuple(like.shape) != shape:
         return torch.empty(shape, dtype=dtype, device=device)
     return torch.empty_like(like.detach(), dtype=dtype, device=device)
@@ -143,7 +158,9 @@ def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
     The object stays; where it cannot be written to (expanded, sparse), its memory is exchanged.
     """
     with torch.inference_mode(live.is_inference()), torch.no_grad():
-        if live.layout != torch.strided or overlaps_itself(live):
+        if is_sharded(live):
+            dtensor.overwrite(live, source)
+        elif live.layout != torch.strided or overlaps_itself(live):
             # an inference tensor must stay one: a copy that is made here is
             live.data = source.to(live.device, copy=live.is_inference())
         elif live.dtype in _WITHOUT_COPY:
@@ -200,6 +217,9 @@ def check_savable(tensor: torch.Tensor, path: str) -> None:
     """
     if _is_ordinary(tensor):
         return
+    if is_sharded(tensor):
+        check_savable(dtensor.local(tensor), path)
+        return
     for applies, reason in _OBSTACLES:
         if applies(tensor):
             raise UnsupportedState(f"cannot save {path}: {reason}", path=path)
@@ -223,10 +243,6 @@ def _is_of(*packages: str) -> Callable[[torch.Tensor], bool]:
 
 _OBSTACLES: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
     (is_lazy, "the lazy parameter has no shape yet. Run one batch through the module before the first save or restore"),
-    (
-        _is_of("torch.distributed.tensor", "torch.distributed._tensor"),
-        "a DTensor is spread over several processes. Pass its full_tensor(), or train without sharding",
-    ),
     (_is_of("torch._subclasses"), "a fake tensor has no data. Leave the FakeTensorMode before saving"),
     (
         lambda tensor: tensor.is_nested,

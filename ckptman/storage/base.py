@@ -73,6 +73,10 @@ class KeyMissing(StorageError):
     """Nothing is stored under the key (any more)."""
 
 
+class KeyChanged(StorageError):
+    """The key holds another version than was expected. Nothing was changed."""
+
+
 class NotDurable(StorageError):
     """``create`` made the key visible, but could not make its name durable: a power loss may take it back."""
 
@@ -107,6 +111,19 @@ class NewFile(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Expects(Protocol):
+    """A `NewFile` that wants to know its size beforehand."""
+
+    def expect(self, nbytes: int) -> None:
+        """
+        Prepare for *nbytes* in all; to be called before the first ``write``, which then says the truth or fails.
+
+        Raises:
+            StorageError: There is no room for so many under one key. Nothing was sent.
+        """
 
 
 @runtime_checkable
@@ -172,7 +189,11 @@ class Storage(Protocol):
         """Every key below *folder*, sorted; empty where there is no such folder. Symbolic links are left out."""
 
     def folders(self) -> list[str]:
-        """The names of the root's own folders, sorted. Symbolic links are left out."""
+        """
+        The names of the root's own folders, sorted. Symbolic links are left out.
+
+        Some object stores name a folder for a while after its last key is gone: what matters is in ``listing``.
+        """
 
     def delete(self, keys: Iterable[str]) -> None:
         """
@@ -189,4 +210,29 @@ class Storage(Protocol):
         For the writer's sweep, before or after `delete`: a temporary file keeps its folder from being empty.
         It may hit the temporary file of another process that is alive, which then gets a `StorageError` and has
         stored nothing: see `ckptman.storage.local`. Nothing to do where unfinished writes leave nothing behind.
+        """
+
+
+@runtime_checkable
+class Swaps(Protocol):
+    """
+    A storage that can also change a value, provided that nobody else did meanwhile (compare and swap).
+
+    Only a lease asks for it: what a root consists of is immutable.
+    """
+
+    @property
+    def can_swap(self) -> bool:
+        """Whether the two below work here; not every server of a kind has the means."""
+
+    def read_version(self, key: str, *, limit: int) -> tuple[bytes, str]:
+        """The value, as `Storage.read` gives it, and a name for this version of it."""
+
+    def swap(self, key: str, data: bytes, *, expected: str) -> None:
+        """
+        Put *data* in place of the version *expected*.
+
+        Raises:
+            KeyChanged: Another version is there (perhaps of our own try whose answer was lost: read it back).
+            StorageError: The medium failed. The value is the old or the new one.
         """

@@ -18,9 +18,9 @@ _HINTS = {
     errno.ENOTDIR: "a file lies where a folder is needed: is the root itself a file?",
     errno.ELOOP: "a symbolic link lies there, and below the root none is followed: put the file itself there",
     errno.ENOENT: "the folder, or the whole root, is gone: was it removed meanwhile?",
+    getattr(errno, "ESTALE", -2): "the server has forgotten what its handles mean: mount it again",
     errno.EIO: "the device reports a failure: look at the system's log before trusting it again",
 }
-_GONE = frozenset({errno.ENOENT, getattr(errno, "ESTALE", errno.ENOENT)})
 
 
 @contextmanager
@@ -28,8 +28,7 @@ def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
     """
     Turn an `OSError` of the block into a `StorageError` that says what *doing* was for and what may help.
 
-    With *missing*, the block reads *key*, so that a name that is not there is `KeyMissing`. (So is ``ESTALE``: the
-    file was removed on the NFS server after we found its name.)
+    With *missing*, the block reads *key*, so that a name that is not there is `KeyMissing`.
     """
     try:
         yield
@@ -38,7 +37,7 @@ def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
     except FileExistsError as error:
         raise KeyExists.from_os(error, doing, key) from error
     except OSError as error:
-        if missing and error.errno in _GONE:
+        if missing and error.errno == errno.ENOENT:
             raise KeyMissing.from_os(error, doing, key) from error
         raise StorageError.from_os(error, hinted(doing, error), key) from error
 

@@ -45,10 +45,12 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
+from typing import TypeVar
 
 from ckptman.errors import StorageError
 from ckptman.storage.appending import DiskTraits, write_all
@@ -56,7 +58,10 @@ from ckptman.storage.base import Buffer, KeyExists, NotDurable, Stored, check_ke
 from ckptman.storage.failures import hinted, reporting
 from ckptman.storage.local_file import NewLocalFile
 from ckptman.storage.local_folders import LocalFolders, folder_of, with_parents
+from ckptman.storage.local_looking import STALE, LocalLooking
 from ckptman.storage.system import SYSTEM, System
+
+Result = TypeVar("Result")
 
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{16}")
 _NO_HARD_LINKS = frozenset(
@@ -91,6 +96,7 @@ class LocalStorage:
         self._url = os.path.abspath(expanded)
         self._root = system.real_path(self._url)
         self._folders = LocalFolders(self._root, system=system)
+        self._looking = LocalLooking(system=system)
         self._traits = DiskTraits()
 
     def __repr__(self) -> str:
@@ -191,22 +197,27 @@ class LocalStorage:
 
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole value, of at most *limit* bytes. See `Storage.read`."""
-        with self._opened(key) as file:
+
+        def whole(file: FileIO) -> bytes:
             nbytes = self._system.fstat(file).st_size
             if nbytes > limit:
                 raise StorageError(f"{key!r} in {self._url} has {nbytes} bytes, at most {limit} can be right", key=key)
             data = bytearray(nbytes)
             return bytes(memoryview(data)[: self._fill(file, memoryview(data), start=0)])
 
+        return self._opened(key, whole)
+
     def read_into(self, key: str, start: int, into: memoryview) -> int:
         """Fill *into* from byte *start* on; return how many bytes there were. See `Storage.read_into`."""
-        with self._opened(key) as file:
-            return self._fill(file, into, start=start)
+        return self._opened(key, lambda file: self._fill(file, into, start=start))
 
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Asks by opening: NFS may answer from memory otherwise."""
-        with self._opened(key) as file:
-            return self._system.fstat(file).st_size
+        return self._opened(key, lambda file: self._system.fstat(file).st_size)
+
+    def modified_at(self, key: str) -> datetime:
+        """When *key* was written, in UTC, by the clock of the machine that keeps the filesystem. Or `KeyMissing`."""
+        return datetime.fromtimestamp(self._opened(key, lambda file: self._system.fstat(file).st_mtime), UTC)
 
     def listing(self, folder: str) -> list[Stored]:
         """Every key below *folder*, sorted. What vanishes meanwhile is left out, and what has no valid key."""
@@ -218,12 +229,17 @@ class LocalStorage:
         with self._in("", "list") as path:
             return sorted(key for key, _, is_folder in self._scan(path, "") if is_folder)
 
-    @contextmanager
-    def _opened(self, key: str) -> Iterator[FileIO]:
-        with self._at(key, "read", missing=True) as path, self._system.open_read(path) as file:
-            if not stat.S_ISREG(self._system.fstat(file).st_mode):
-                raise StorageError(f"{key!r} in {self._url} is no regular file", key=key)
-            yield file
+    def _opened(self, key: str, use: Callable[[FileIO], Result]) -> Result:
+        """What *use* makes of the file of *key*; it is called again where the first answer may be stale."""
+        with self._at(key, "read", missing=True) as path:
+
+            def look() -> Result:
+                with self._system.open_read(path) as file:
+                    if not stat.S_ISREG(self._system.fstat(file).st_mode):
+                        raise StorageError(f"{key!r} in {self._url} is no regular file", key=key)
+                    return use(file)
+
+            return self._looking.certain(path, look, refuse=lambda: self._folders.refuse_links(folder_of(key)))
 
     def _fill(self, file: FileIO, into: memoryview, *, start: int) -> int:
         done = 0
@@ -239,13 +255,20 @@ class LocalStorage:
             if is_folder:
                 yield from self._walk(entry.path, key)
             else:
-                with suppress(FileNotFoundError):
-                    yield Stored(key=key, nbytes=entry.stat(follow_symlinks=False).st_size)
+                try:
+                    nbytes = entry.stat(follow_symlinks=False).st_size
+                except OSError as error:
+                    if error.errno not in (errno.ENOENT, STALE):
+                        raise
+                    continue  # removed since its name was found
+                yield Stored(key=key, nbytes=nbytes)
 
     def _scan(self, path: str, folder: str) -> Iterator[tuple[str, os.DirEntry[str], bool]]:
         """What has a key in *folder*: the key, the entry, and whether it is a folder. Nothing if *folder* is gone."""
         try:
-            entries = self._system.scan(path)
+            entries = self._looking.certain(
+                path, lambda: self._system.scan(path), refuse=lambda: self._folders.refuse_links(folder)
+            )
         except FileNotFoundError:
             return
         for entry in entries:

@@ -15,6 +15,7 @@ import os
 import stat
 from contextlib import suppress
 
+from ckptman.storage.local_looking import STALE
 from ckptman.storage.system import System
 
 
@@ -102,7 +103,12 @@ class LocalFolders:
 
     def _lstat(self, path: str) -> os.stat_result | None:
         try:
-            return self._system.lstat(path)
+            try:
+                return self._system.lstat(path)
+            except OSError as error:
+                if error.errno != STALE:
+                    raise
+                return self._system.lstat(path)  # of a folder that was removed: now it is missing, or another one
         except FileNotFoundError:
             return None
 

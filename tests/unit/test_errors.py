@@ -15,7 +15,7 @@ TREE = [cls for cls in vars(errors).values() if isinstance(cls, type) and issubc
 @pytest.mark.parametrize("cls", TREE, ids=lambda cls: cls.__name__)
 def test_every_error_survives_pickling(cls: type[CkptmanError]) -> None:
     """A rank's error can travel to another: its class, text and attributes arrive."""
-    assert len(TREE) == 13
+    assert len(TREE) == 14
     error = cls("step 3 in s3://key:secret@bucket/run")
     error.add = "a fact"  # type: ignore[attr-defined]
     copy = pickle.loads(pickle.dumps(error))

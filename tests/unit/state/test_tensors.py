@@ -268,17 +268,20 @@ def test_indices_out_of_range_are_refused() -> None:
         load({"d": {}}, type(saved)(saved.manifest, data, saved.captured))
 
 
-def test_a_dtensor_is_refused(tmp_path: Any) -> None:
-    """Sharded tensors are not for this floor."""
-    from torch.distributed.tensor import DTensor, init_device_mesh
+def test_a_dtensor_tells_its_box_and_a_partial_sum_is_refused(tmp_path: Any) -> None:
+    """What a process holds of a DTensor is a box of the whole; a sum that is not made yet is none."""
+    from torch.distributed.tensor import DTensor, Partial, Shard, init_device_mesh
 
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
     )
     try:
-        tensor = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)))
-        with pytest.raises(UnsupportedState, match="full_tensor"):
-            capture({"x": tensor}, rng=False)
+        mesh = init_device_mesh("cpu", (1,))
+        tensor = DTensor.from_local(torch.ones(2, 3), mesh, [Shard(0)])
+        (leaf,) = capture({"x": tensor}, rng=False)["x"].leaves
+        assert (leaf.offset, leaf.shape, tuple(leaf.tensor.shape)) == ((0, 0), (2, 3), (2, 3))
+        with pytest.raises(UnsupportedState, match="artial"):
+            capture({"x": DTensor.from_local(torch.ones(2), mesh, [Partial()])}, rng=False)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -293,12 +293,6 @@ def test_reading_that_fails_is_never_missing(root: Path) -> None:
         assert caught.value.errno == errno.EIO
 
 
-def test_a_file_that_was_removed_on_the_server_is_missing(root: Path) -> None:
-    """ESTALE says that the file was there when its name was found, and is gone."""
-    with pytest.raises(KeyMissing):
-        LocalStorage(root, system=FaultySystem(fail(1, errno.ESTALE, name="read_into"))).read("old/a", limit=9)
-
-
 def test_a_delete_that_fails_says_where(root: Path) -> None:
     """The keys before it are gone, those after it stay; a folder that cannot be removed is no error."""
     for key in ("f/1", "f/2", "f/3"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from ckptman.storage.base import Storage
 from ckptman.storage.local import LocalStorage
 from ckptman.storage.memory import MemoryStorage
+from ckptman.storage.object import ObjectStorage
 from ckptman.storage.opening import open_storage
 
 
@@ -66,28 +68,59 @@ def test_a_storage_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "root",
+    ("root", "says"),
     [
-        "s3://bucket/run",
-        "gs://b",
-        "simplecache::s3://b/c",
-        "s3:/bucket",
-        "file://host/a",
-        "file://a",
-        "file:/a",
-        "http://x",
+        ("s3:/bucket", "s3://bucket/run"),
+        ("s3://", "s3://bucket/run"),
+        ("file://host/a", "file:///absolute/path"),
+        ("file://a", "file:///absolute/path"),
+        ("file:/a", "file:///absolute/path"),
+        ("http://x", "nothing can be created"),
+        ("simplecache::s3://b/c", "leave simplecache:: out"),
+        ("nosuch://b/c", "no protocol 'nosuch'.*ckptman"),
+        ("gs://bucket/run", "pip install 'ckptman.gcs.'"),
     ],
 )
-def test_other_urls_are_refused(root: str) -> None:
-    """None of them becomes a local directory of that name; the message says what is known."""
-    with pytest.raises(ValueError, match=r"memory://name only"):
+def test_other_urls_are_refused(root: str, says: str) -> None:
+    """None of them becomes a local directory of that name; the message says what to do."""
+    if root.startswith("gs:") and find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(ValueError, match=says):
         open_storage(root)
+
+
+def test_object_urls() -> None:
+    """A URL of fsspec's is an object storage, which is not contacted; the same URL has the same identity."""
+    storage = open_storage("s3://bucket/run/", storage_options={"key": "k"})
+    assert isinstance(storage, ObjectStorage)
+    assert storage.url == "s3://bucket/run"
+    assert storage.identity == open_storage("s3://bucket/run").identity
+    assert storage.lock_path is None
+    assert open_storage("s3://bucket\\run\\7").url == "s3://bucket/run/7"
+
+
+def test_chained_urls() -> None:
+    """A folder within another filesystem is a root like any other."""
+    storage = open_storage("dir://runs::memory://chained", single_writer=True)
+    assert isinstance(storage, ObjectStorage)
+    storage.create("f/a", b"x")
+    assert storage.read("f/a", limit=1) == b"x"
+    assert [stored.key for stored in storage.listing("")] == ["f/a"]
+    assert storage.folders() == ["f"]
+
+
+def test_options_are_for_drivers(tmp_path: Path) -> None:
+    """Options that nobody would look at are refused, without being shown."""
+    for root in (tmp_path, "memory://a", MemoryStorage()):
+        with pytest.raises(ValueError, match="takes no storage_options") as caught:
+            open_storage(root, storage_options={"secret": "canary"})
+        assert "canary" not in str(caught.value)
 
 
 def test_credentials_are_not_repeated() -> None:
     """A refused URL is shown without its user and secret."""
     with pytest.raises(ValueError, match="bucket") as caught:
-        open_storage("s3://user:secret@bucket/run")
+        open_storage("nosuch://user:secret@bucket/run")
     assert "secret" not in str(caught.value)
 
 

@@ -1,0 +1,170 @@
+"""
+What a save costs inside a framework: its own beside ckptman's.
+
+    python -m benchmarks.guests [--width 2048] [--repetitions 5]
+
+One model (three square layers and AdamW moments) under Lightning, accelerate and ignite. Each repetition saves once in
+either way, in turn, after a training step, and measures how long training waits (stall), how long until the save is
+done (time: for ckptman durable and committed, for the frameworks, which do not fsync, handed to the page cache), and
+the bytes that lie on the disk. Prints medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+Save = Callable[[int], tuple[float, float]]
+"""Saves as a step: seconds of stall, and until it is done."""
+
+
+def model_of(width: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(3)))
+
+
+def timed(save: Callable[[], object], finish: Callable[[], object]) -> tuple[float, float]:
+    began = time.perf_counter()
+    save()
+    stall = time.perf_counter() - began
+    finish()
+    return stall, time.perf_counter() - began
+
+
+def lightning(width: int, place: Path) -> dict[str, tuple[Callable[[], None], Save]]:
+    """Through ``ModelCheckpoint._save_checkpoint``, as in mid-training."""
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ckptman.integrations.lightning import CkptmanCheckpoint
+
+    class Model(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model_of(width)
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self.net(batch).square().mean()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    def contestant(saving: ModelCheckpoint) -> tuple[Callable[[], None], Save]:
+        model = Model()
+        trainer = Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=1,
+            callbacks=[saving],
+        )  # fmt: skip
+        trainer.fit(model, torch.utils.data.DataLoader(torch.randn(2, width), batch_size=2))
+        optimizer = trainer.optimizers[0]
+
+        def step() -> None:
+            model.net(torch.randn(2, width)).square().mean().backward()
+            optimizer.step()
+
+        def save(number: int) -> tuple[float, float]:
+            trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = number
+            path = str(Path(saving.dirpath) / f"step-{number}.ckpt")
+            finish = saving._plugin.wait if isinstance(saving, CkptmanCheckpoint) else lambda: None
+            return timed(lambda: saving._save_checkpoint(trainer, path), finish)
+
+        return step, save
+
+    return {
+        "Lightning": contestant(ModelCheckpoint(str(place / "own"), save_top_k=0)),
+        "Lightning with ckptman": contestant(CkptmanCheckpoint(str(place / "ckptman"), save_top_k=0)),
+    }
+
+
+def accelerate(width: int, place: Path) -> dict[str, tuple[Callable[[], None], Save]]:
+    """Through ``save_state``, and through the manager."""
+    from accelerate import Accelerator
+
+    from ckptman.integrations.accelerate import manager_for
+
+    accelerator = Accelerator(cpu=True)
+    model = model_of(width)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    manager = manager_for(accelerator, place / "ckptman")
+
+    def step() -> None:
+        accelerator.backward(model(torch.randn(2, width)).square().mean())
+        optimizer.step()
+
+    return {
+        "accelerate": (
+            step,
+            lambda n: timed(lambda: accelerator.save_state(str(place / "own" / str(n))), lambda: None),
+        ),
+        "accelerate with ckptman": (step, lambda n: timed(lambda: manager.save(n), manager.wait)),
+    }
+
+
+def ignite(width: int, place: Path) -> dict[str, tuple[Callable[[], None], Save]]:
+    """Through ``Checkpoint``, with ``DiskSaver`` and with ours."""
+    from ignite.engine import Engine
+    from ignite.handlers import Checkpoint, DiskSaver
+
+    from ckptman.integrations.ignite import CkptmanSaver
+
+    model = model_of(width)
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer = Engine(lambda engine, batch: None)
+    trainer.run([0], max_epochs=1)
+    to_save = {"model": model, "optimizer": optimizer}
+    saver = CkptmanSaver(place / "ckptman", to_save, trainer)
+    scored = {"n_saved": None, "score_name": "n", "score_function": lambda engine: engine.state.iteration}
+    own = Checkpoint(to_save, DiskSaver(str(place / "own"), create_dir=True), **scored)
+    ours = Checkpoint(to_save, saver, **scored)
+
+    def step() -> None:
+        model(torch.randn(2, width)).square().mean().backward()
+        optimizer.step()
+
+    def save(checkpoint: Checkpoint, finish: Callable[[], object]) -> Save:
+        def once(number: int) -> tuple[float, float]:
+            trainer.state.iteration = number
+            return timed(lambda: checkpoint(trainer), finish)
+
+        return once
+
+    return {"ignite": (step, save(own, lambda: None)), "ignite with ckptman": (step, save(ours, saver._manager.wait))}
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guests")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--repetitions", type=int, default=5)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print(f"| save of {given.width**2 * 3 * 12 / 2**20:.0f} MiB by | stall | time | bytes |\n|---|---|---|---|")
+    for framework in (lightning, accelerate, ignite):
+        place = Path(tempfile.mkdtemp(prefix="guests-"))
+        contestants = framework(given.width, place)
+        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+        for number in range(2, 3 + given.repetitions):
+            for name, (step, save) in contestants.items():
+                step()
+                figures[name].append(save(number))
+        for name, measured in figures.items():
+            stall, done = (statistics.median(values) for values in zip(*measured[1:], strict=True))
+            folder = place / ("ckptman" if "ckptman" in name else "own")
+            nbytes = size_of(folder) / len(measured) / 2**20
+            print(f"| {name} | {stall:.3f} s | {done:.3f} s | {nbytes:.1f} MiB |", flush=True)
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()

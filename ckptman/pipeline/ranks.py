@@ -1,0 +1,147 @@
+"""
+What all ranks do together: each its part, rank 0 the conclusion; and all get the same answer, or raise the same error.
+
+Everything that ranks must agree upon goes through the one method `Ranks.conclude`. A rank whose part failed says so
+instead of giving it, so nobody waits for it: rank 0 passes the failure on. Errors travel as the name of their class,
+looked up in a closed table, and their text. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ckptman import errors
+from ckptman.coordinator import Coordinator
+from ckptman.errors import CkptmanError, RankLost
+
+_CLASSES: dict[str, type[CkptmanError]] = {
+    kind.__name__: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, CkptmanError) and not issubclass(kind, SystemExit)
+}
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    """An error on its way to other ranks: which rank met it, the class in our tree, the text and the attributes."""
+
+    rank: int
+    kind: str
+    message: str
+    facts: dict[str, Any]
+
+
+class _Told(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A rank's part, or the conclusion: a value or a failure."""
+
+    value: bytes = b""
+    failure: _Failure | None = None
+
+
+class Ranks:
+    """
+    The ranks of a job, as one of them sees them. To be used by one thread at a time, in the same order on all ranks.
+
+    Attributes:
+        rank, world_size: Which rank this is, and of how many.
+    """
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self.rank = coordinator.rank
+        self.world_size = coordinator.world_size
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there are others."""
+        return bool(self.world_size > 1)
+
+    def close(self) -> None:
+        """Let the coordinator go."""
+        self._coordinator.close()
+
+    def do(self, part: Callable[[], object]) -> None:
+        """Do *part* on every rank; return once all have done it. Raises as ``conclude`` does."""
+
+        def done() -> bytes:
+            part()
+            return b""
+
+        self.conclude(done)
+
+    def conclude(self, part: Callable[[], bytes], conclusion: Callable[[list[bytes]], bytes] = b"".join) -> bytes:
+        """
+        Do *part* on every rank, then *conclusion* with all parts, by rank, on rank 0; return what that returned.
+
+        Raises:
+            CkptmanError: What was raised by the part of the lowest rank that failed, or by the conclusion: of the same
+                class and with the same text on every rank. One of another tree is raised as a plain `CkptmanError`.
+            RankLost: A rank went away. Unless this is rank 0, *conclusion* may have been reached all the same.
+        """
+        if not self.are_many:
+            return conclusion([part()])
+        mine, error = self._try(part)
+        parts = self._coordinator.gather(msgspec.msgpack.encode(mine))
+        answer: bytes | None = None
+        if parts is not None:
+            told, failed = self._conclude([msgspec.msgpack.decode(one, type=_Told) for one in parts], conclusion)
+            error = error or failed
+            answer = msgspec.msgpack.encode(told)
+        told = msgspec.msgpack.decode(self._spread(answer), type=_Told)
+        if error is not None and not isinstance(error, Exception):
+            raise error  # Ctrl-C and the like: who was interrupted is to know it
+        if told.failure is not None:
+            raise _rebuilt(told.failure) from (error if told.failure.rank == self.rank else None)
+        return told.value
+
+    def _spread(self, answer: bytes | None) -> bytes:
+        try:
+            return self._coordinator.broadcast(answer)
+        except RankLost:
+            if answer is None:
+                raise
+            return answer  # rank 0 knows it, whether or not the others will
+
+    def _conclude(
+        self, parts: list[_Told], conclusion: Callable[[list[bytes]], bytes]
+    ) -> tuple[_Told, BaseException | None]:
+        for part in parts:
+            if part.failure is not None:
+                return part, None
+        return self._try(lambda: conclusion([part.value for part in parts]))
+
+    def _try(self, work: Callable[[], bytes]) -> tuple[_Told, BaseException | None]:
+        try:
+            return _Told(value=work()), None
+        except BaseException as error:  # noqa: BLE001 - a rank's edge: all ranks raise it
+            return _Told(failure=self._failure(error)), error
+
+    def _failure(self, error: BaseException) -> _Failure:
+        kind = type(error).__name__
+        is_ours = isinstance(error, CkptmanError) and kind in _CLASSES
+        text = str(error) if is_ours else f"{kind}: {error}"
+        facts = {name: value for name, value in vars(error).items() if _is_simple(value)} if is_ours else {}
+        if isinstance(getattr(error, "errno", None), int):
+            facts["errno"] = getattr(error, "errno", None)
+        return _Failure(
+            rank=self.rank,
+            kind=kind if is_ours else CkptmanError.__name__,
+            message=f"{text} (on rank {self.rank} of {self.world_size}, host {socket.gethostname()})",
+            facts=facts,
+        )
+
+
+def _is_simple(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _rebuilt(failure: _Failure) -> CkptmanError:
+    error = _CLASSES.get(failure.kind, CkptmanError)(failure.message)
+    for name, value in failure.facts.items():
+        setattr(error, name, tuple(value) if isinstance(value, list) else value)
+    return error

@@ -1,0 +1,327 @@
+"""
+Before a save from many ranks: what is equal on all of them, what each has of its own, and who writes what.
+
+1. Every rank captures its state, and tells digests of it: of names and shapes, of values, of what may differ.
+2. Rank 0 finds out what differs, names the attempt, and knows whether the plan of the last save still serves.
+3. If not, every rank tells what it holds, rank 0 makes a plan, and every rank gets its part.
+
+What is held by several ranks under one name:
+
+    parameters, moments, DTensors    replicas: whoever has least to write writes them. A plain one of which a sample of
+                                     bytes differs when a plan is made is no replica, and stored per rank.
+    other tensors of modules         compared by digest at every save; those that differ from rank 0's are stored per
+    (buffers)                        rank
+    all other components             compared as a whole: values and tensors; stored per rank where they differ
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+import torch
+
+from ckptman.errors import SaveFailed
+from ckptman.format.digest import Hasher, sha256
+from ckptman.format.names import rank_name
+from ckptman.format.ranks import own_name
+from ckptman.pipeline.ranks import Ranks
+from ckptman.plan.save import Held, Share, assign
+from ckptman.state.capture import Captured, Leaf
+from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
+
+_log = logging.getLogger("ckptman")
+
+SAMPLE_NBYTES = 4096
+"""How much is compared of the beginning and of the end of what is taken for a replica."""
+
+_TRAINED = ("module", "optimizer")
+
+
+class _Part(msgspec.Struct, frozen=True, array_like=True):
+    """Digests of a component: of its values, and of those of its tensors that may differ between ranks."""
+
+    name: str
+    kind: str
+    values: str
+    contents: str
+
+
+class _Opening(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank says first; ``signature`` is the digest of what it holds."""
+
+    step: int
+    signature: str
+    parts: list[_Part]
+
+
+class _Orders(msgspec.Struct, frozen=True, array_like=True):
+    """What rank 0 answers: where to write, what may be borrowed from, and whether it has to know more first."""
+
+    attempt: str
+    after: int
+    attempts: list[str]
+    is_new: bool
+
+
+class _Details(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank holds, and digests of that by which replicas are told."""
+
+    held: list[Held]
+    samples: list[str]
+
+
+class _RankPlan(msgspec.Struct, frozen=True, array_like=True):
+    """For one rank: what it writes, which of what it holds is its own alone, and of which components the values are."""
+
+    shares: list[Share]
+    own_leaves: list[int]
+    own_values: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempted:
+    """
+    What rank 0 knows about an attempt before anything is written.
+
+    Its name, the number of the newest record, and the attempts that may be borrowed from.
+    """
+
+    attempt: str
+    after: int
+    attempts: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """
+    A save from many ranks, as one of them sees it before it writes.
+
+    Attributes:
+        attempt: Where all write.
+        after: Number of the newest record when it was named: the next one lists it, or it will never be listed.
+        attempts: What may be borrowed from.
+        mine: What this rank writes: file → its leaves.
+        own_values: The components whose values this rank has of its own.
+    """
+
+    attempt: str
+    after: int
+    attempts: Sequence[str]
+    mine: Mapping[str, Captured]
+    own_values: Sequence[str]
+
+
+class Sharing:
+    """Plans saves from many ranks, and keeps the last plan. To be used by one thread at a time."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._plan: _RankPlan | None = None
+        self._known = ""  # rank 0: what the plan was made for
+
+    def begin(
+        self, step: int, capture: Callable[[], Mapping[str, Captured]], name_attempt: Callable[[], Attempted]
+    ) -> tuple[Mapping[str, Captured], Shared]:
+        """
+        Capture the state on all ranks and find out who writes what of it. Collective.
+
+        Args:
+            step: The same on all ranks.
+            capture: Gives the state of this rank; what it raises is raised on all ranks.
+            name_attempt: Called on rank 0 once all ranks have captured; what it raises is raised on all ranks.
+
+        Raises:
+            SaveFailed: The ranks do not save the same step, or have different components.
+        """
+        captured: Mapping[str, Captured] = {}
+        held: list[Held] = []
+        openings: list[_Opening] = []
+
+        def opening() -> bytes:
+            nonlocal captured, held
+            captured = capture()
+            held = [_held(leaf) for leaf in _leaves(captured)]
+            parts = [_part(name, part) for name, part in captured.items()]
+            return msgspec.msgpack.encode(_Opening(step, sha256(msgspec.msgpack.encode(held)), parts))
+
+        def orders(parts: list[bytes]) -> bytes:
+            openings[:] = [msgspec.msgpack.decode(part, type=_Opening) for part in parts]
+            _check_agreement(openings)
+            named = name_attempt()
+            return msgspec.msgpack.encode(
+                _Orders(named.attempt, named.after, list(named.attempts), self._is_new(_fingerprint(openings)))
+            )
+
+        told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
+        if told.is_new:
+            self._plan = None
+            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured)))  # noqa: E731
+            answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
+            self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
+            self._known = _fingerprint(openings) if openings else ""
+        assert self._plan is not None
+        mine = _chosen(captured, self._plan, self._ranks.rank)
+        return captured, Shared(
+            attempt=told.attempt,
+            after=told.after,
+            attempts=told.attempts,
+            mine=mine,
+            own_values=self._plan.own_values,
+        )
+
+    def _is_new(self, fingerprint: str) -> bool:
+        return self._plan is None or not fingerprint or fingerprint != self._known
+
+
+def _leaves(captured: Mapping[str, Captured]) -> Iterator[Leaf]:
+    for part in captured.values():
+        yield from part.leaves
+
+
+def _held(leaf: Leaf) -> Held:
+    tensor = leaf.tensor
+    extent = tuple(tensor.shape)
+    return Held(
+        name=leaf.name,
+        dtype=dtype_name(tensor.dtype),
+        shape=extent if leaf.shape is None else leaf.shape,
+        offset=(0,) * len(extent) if leaf.offset is None else leaf.offset,
+        extent=extent,
+        nbytes=tensor.numel() * tensor.element_size(),
+    )
+
+
+def _may_differ(kind: str, leaf: Leaf) -> bool:
+    """Whether *leaf* is compared at every save."""
+    return leaf.offset is None and not (kind in _TRAINED and (leaf.is_parameter or kind == "optimizer"))
+
+
+def _part(name: str, part: Captured) -> _Part:
+    contents = Hasher()
+    for leaf in part.leaves:
+        if _may_differ(part.kind, leaf):
+            contents.update(leaf.name.encode())
+            contents.update(_host_bytes(leaf.tensor))
+    return _Part(name, part.kind, hashlib.sha256(part.values).hexdigest(), contents.hexdigest())
+
+
+def _host_bytes(tensor: torch.Tensor) -> memoryview:
+    if tensor.device.type == "cpu" and is_row_major(tensor):
+        return as_bytes(tensor)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    overwrite(copy, tensor)
+    return as_bytes(copy)
+
+
+def _samples(captured: Mapping[str, Captured]) -> list[str]:
+    return [_sample(part.kind, leaf) for part in captured.values() for leaf in part.leaves]
+
+
+def _sample(kind: str, leaf: Leaf) -> str:
+    """By what a replica of *leaf* is told; "" where it needs no telling."""
+    if leaf.offset is not None or kind not in _TRAINED:
+        return ""
+    hasher = Hasher()
+    flat = leaf.tensor.reshape(-1) if is_row_major(leaf.tensor) else None
+    count = max(1, SAMPLE_NBYTES // leaf.tensor.element_size())
+    if flat is None or _may_differ(kind, leaf) or len(flat) <= 2 * count:
+        hasher.update(_host_bytes(leaf.tensor))
+    else:
+        hasher.update(_host_bytes(flat[:count]))
+        hasher.update(_host_bytes(flat[-count:]))
+    return hasher.hexdigest()
+
+
+def _check_agreement(openings: list[_Opening]) -> None:
+    steps = {rank: opening.step for rank, opening in enumerate(openings)}
+    if len(set(steps.values())) > 1:
+        raise SaveFailed(f"the ranks are to save different steps, which is not one checkpoint: {steps}")
+    first = [(part.name, part.kind) for part in openings[0].parts]
+    for rank, opening in enumerate(openings):
+        found = [(part.name, part.kind) for part in opening.parts]
+        if found != first:
+            raise SaveFailed(f"rank 0 has the components {first}, rank {rank} has {found}: give all ranks the same")
+
+
+def _own_values(openings: list[_Opening], rank: int) -> list[str]:
+    """The components whose values *rank* has of its own."""
+    pairs = zip(openings[0].parts, openings[rank].parts, strict=True)
+    return [mine.name for first, mine in pairs if mine.values != first.values]
+
+
+def _own_components(openings: list[_Opening], rank: int) -> list[str]:
+    """The components that *rank* has wholly of its own: not trained, and not as rank 0 has them."""
+    pairs = zip(openings[0].parts, openings[rank].parts, strict=True)
+    return [
+        mine.name
+        for first, mine in pairs
+        if mine.kind not in _TRAINED and (mine.values, mine.contents) != (first.values, first.contents)
+    ]
+
+
+def _fingerprint(openings: list[_Opening]) -> str:
+    """What a plan depends on; "" where buffers differ, so that each save has to look which."""
+    for parts in zip(*(opening.parts for opening in openings), strict=True):
+        if parts[0].kind in _TRAINED and len({part.contents for part in parts}) > 1:
+            return ""
+    facts = [
+        (opening.signature, _own_values(openings, rank), _own_components(openings, rank))
+        for rank, opening in enumerate(openings)
+    ]
+    return sha256(msgspec.msgpack.encode(facts))
+
+
+def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
+    """The plan of every rank."""
+    details = [msgspec.msgpack.decode(part, type=_Details) for part in parts]
+    first: dict[str, tuple[Held, str]] = {}
+    held: list[list[Held]] = []
+    own_leaves: list[list[int]] = []
+    differing: set[str] = set()
+    for rank, detail in enumerate(details):
+        own = set(_own_components(openings, rank))
+        held.append([])
+        own_leaves.append([])
+        for index, (item, sample) in enumerate(zip(detail.held, detail.samples, strict=True)):
+            like, like_sample = first.setdefault(item.name, (item, sample))
+            is_like = (item.dtype, item.shape, sample) == (like.dtype, like.shape, like_sample)
+            if rank and (item.name.partition("/")[0] in own or not is_like):
+                own_leaves[-1].append(index)
+                held[-1].append(msgspec.structs.replace(item, name=own_name(item.name, rank)))
+                if not is_like:
+                    differing.add(item.name)
+            else:
+                held[-1].append(item)
+    if differing:
+        _log.info("%d tensors differ between ranks and are stored per rank: %s", len(differing), sorted(differing)[:5])
+    plans = [
+        _RankPlan(shares, own_leaves[rank], _own_values(openings, rank)) for rank, shares in enumerate(assign(held))
+    ]
+    return msgspec.msgpack.encode(plans)
+
+
+def _chosen(captured: Mapping[str, Captured], plan: _RankPlan, rank: int) -> dict[str, Captured]:
+    """What *rank* writes of *captured*: file → its leaves."""
+    everything = [(name, leaf) for name, part in captured.items() for leaf in part.leaves]
+    own = set(plan.own_leaves)
+    leaves: dict[str, list[Leaf]] = {name: [] for name in captured}
+    for share in plan.shares:
+        name, leaf = everything[share.index]
+        if share.index in own:
+            leaf = msgspec.structs.replace(leaf, name=own_name(leaf.name, rank))
+        if share.start is not None and share.stop is not None:
+            leaf = _rows(leaf, share.start, share.stop)
+        leaves[name].append(leaf)
+    return {rank_name(name, rank): replace(part, leaves=tuple(leaves[name])) for name, part in captured.items()}
+
+
+def _rows(leaf: Leaf, start: int, stop: int) -> Leaf:
+    whole = tuple(leaf.tensor.shape) if leaf.shape is None else leaf.shape
+    offset = (0,) * len(whole) if leaf.offset is None else leaf.offset
+    return msgspec.structs.replace(
+        leaf, tensor=leaf.tensor[start:stop], offset=(offset[0] + start, *offset[1:]), shape=whole
+    )

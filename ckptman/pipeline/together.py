@@ -1,0 +1,238 @@
+"""
+One save from many ranks, from what each has staged to what is committed.
+
+1. Every rank writes its files under the attempt that rank 0 named, and makes them durable, with their names.
+2. Every rank reports its files and tensors, or its error. Any error: the save fails on every rank with that error,
+   and nothing exists.
+3. Rank 0 puts the reports together, writes the manifest, commits, and tells every rank.
+
+Where a rank is lost meanwhile, that may hide whether 3 came to its end; the catalog tells: `ckptman.pipeline.loss`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import msgspec
+
+from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, RankLost, SaveFailed, UnsupportedState
+from ckptman.format.catalog import Entry
+from ckptman.format.manifest import Component, File, Manifest, Tensor, box_of
+from ckptman.format.names import rank_name
+from ckptman.pipeline.engine import Source
+from ckptman.pipeline.loss import find_out, give_up
+from ckptman.pipeline.ranks import Ranks
+from ckptman.pipeline.saving import Job, Saved, commit_entry, manifest_of, put_manifest
+from ckptman.pipeline.sharing import Shared
+from ckptman.pipeline.stream import StagingStopped
+from ckptman.pipeline.writing import write_files
+from ckptman.repository.ownership import Ownership
+from ckptman.repository.repository import checkpoint_of
+from ckptman.storage.base import Storage
+
+
+class _Report(msgspec.Struct, frozen=True):
+    """What a rank has written: files, chunks that count within them, and the values that are its own."""
+
+    files: list[File]
+    tensors: list[Tensor]
+    own: dict[str, tuple[str, bytes]]
+
+
+class _Outcome(msgspec.Struct, frozen=True):
+    """What rank 0 committed, and the steps that the keep rule dropped with it."""
+
+    entry: Entry
+    pruned: list[int]
+
+
+class Turn:
+    """
+    A rank's turn in a save: it is heard exactly once, by ``write`` or, where staging failed before, by ``abandon``.
+
+    Args:
+        ranks: All of them.
+        storage: The root.
+        owner: On rank 0: the right to change it.
+        job: The save.
+        shared: Who writes what.
+    """
+
+    def __init__(self, ranks: Ranks, storage: Storage, owner: Ownership | None, job: Job, shared: Shared) -> None:
+        self.job = job
+        self._ranks = ranks
+        self._storage = storage
+        self._owner = owner
+        self._shared = shared
+        self._mutex = threading.Lock()  # guards the one below
+        self._is_taken = False
+
+    def write(self, source: Source) -> Saved:
+        """Write this rank's part, and commit the whole: see `write_together`."""
+        if not self._take():
+            raise StagingStopped("staging failed")
+        return write_together(self._ranks, self._storage, self._owner, self.job, self._shared, source)
+
+    def abandon(self, error: BaseException) -> None:
+        """Tell all ranks that staging failed here with *error*; raises that on all of them. Nothing after ``write``."""
+        if not self._take():
+            return
+
+        def part() -> bytes:
+            raise failed(self.job.step, error) if isinstance(error, Exception) else error
+
+        try:
+            self._ranks.conclude(part)
+        except RankLost as lost:
+            raise failed(self.job.step, lost) from error
+        finally:
+            if self._owner is not None:
+                self._owner.discard(self._shared.attempt)
+
+    def _take(self) -> bool:
+        with self._mutex:
+            was_taken, self._is_taken = self._is_taken, True
+        return not was_taken
+
+
+def write_together(
+    ranks: Ranks, storage: Storage, owner: Ownership | None, job: Job, shared: Shared, source: Source
+) -> Saved:
+    """
+    Write this rank's part of *job*, and commit the whole; the checkpoint is durable when this returns. Collective.
+
+    Args:
+        ranks: All of them.
+        storage: The root.
+        owner: On rank 0: the right to change it.
+        job: The save. Its values count where ranks share them and this is rank 0, or where they are this rank's own.
+        shared: The attempt, and what this rank has of its own.
+        source: What this rank writes.
+
+    Returns:
+        The checkpoint; and as a manifest what of it this rank wrote or borrowed.
+
+    Raises:
+        SaveFailed: Nothing was committed. The same on every rank; the text names the rank at fault.
+        Fenced: Another writer took the root over; nothing was committed.
+        CommitUnknown: A rank or the storage was lost, and nobody would say whether the commit landed.
+    """
+    written: list[_Report] = []
+
+    def part() -> bytes:
+        try:
+            written.append(_write_part(storage, job, shared, source))
+        except Exception as error:
+            raise failed(job.step, error) from error
+        return msgspec.msgpack.encode(written[0])
+
+    def conclusion(parts: list[bytes]) -> bytes:
+        assert owner is not None
+        reports = [msgspec.msgpack.decode(one, type=_Report) for one in parts]
+        try:
+            manifest = _manifest(owner, job, shared.attempt, reports)
+            entry, pruned = commit_entry(owner, job, put_manifest(storage, manifest, tags=job.tags))
+        except Exception as error:
+            raise failed(job.step, error) from error
+        return msgspec.msgpack.encode(_Outcome(entry, list(pruned)))
+
+    try:
+        outcome = msgspec.msgpack.decode(ranks.conclude(part, conclusion), type=_Outcome)
+    except CommitUnknown:
+        raise  # it may be listed
+    except RankLost as lost:
+        if owner is not None:
+            raise give_up(owner, job.step, shared.attempt, lost) from lost
+        outcome = _Outcome(find_out(storage, job.step, shared.attempt, shared.after, lost, rank=ranks.rank), [])
+    except CkptmanError:
+        if owner is not None:
+            owner.discard(shared.attempt)
+        raise
+    return Saved(
+        checkpoint=checkpoint_of(outcome.entry, storage.url),
+        manifest=_own_manifest(job, shared.attempt, written[0]),
+        pruned=tuple(outcome.pruned),
+    )
+
+
+def failed(step: int, error: Exception) -> CkptmanError:
+    """What a save of *step* that failed with *error* raises on every rank."""
+    if isinstance(error, (Fenced, LockTimeout, SaveFailed, CommitUnknown, UnsupportedState)):
+        return error
+    return SaveFailed(f"saving step {step} failed, nothing was committed: {error}", step=step)
+
+
+def _write_part(storage: Storage, job: Job, shared: Shared, source: Source) -> _Report:
+    files, tensors = write_files(storage, shared.attempt, source.files, source.slots, source.arena)
+    if files:
+        storage.persist([shared.attempt])  # perhaps another machine than that of rank 0 made the names
+    source.confirm()
+    own = {name: (job.captured[name].kind, job.captured[name].values) for name in shared.own_values}
+    return _Report([*files, *source.borrowed.files], [*tensors, *source.borrowed.behind(len(files))], own)
+
+
+def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[_Report]) -> Manifest:
+    files, tensors = _joined(reports)
+    manifest = manifest_of(owner, job, attempt, after=owner.newest.number, files=files, tensors=tensors)
+    own = {
+        rank_name(name, rank): Component(kind=kind, values=msgspec.Raw(values))
+        for rank, report in enumerate(reports)
+        for name, (kind, values) in report.own.items()
+    }
+    names = {tensor.name for tensor in tensors}
+    return msgspec.structs.replace(
+        manifest,
+        world_size=len(reports),
+        components={**manifest.components, **own},
+        aliases={alias: name for alias, name in manifest.aliases.items() if name in names and alias not in names},
+    )
+
+
+def _joined(reports: Sequence[_Report]) -> tuple[list[File], list[Tensor]]:
+    """All files, each once, and all tensors with their chunks from all ranks, in the order of their boxes."""
+    numbers: dict[str, int] = {}
+    files: list[File] = []
+    pieces: dict[str, list[Tensor]] = {}
+    for report in reports:
+        for file in report.files:
+            if file.path not in numbers:
+                numbers[file.path] = len(files)
+                files.append(file)
+        for tensor in report.tensors:
+            chunks = tuple(
+                msgspec.structs.replace(chunk, file=numbers[report.files[chunk.file].path]) for chunk in tensor.chunks
+            )
+            pieces.setdefault(tensor.name, []).append(msgspec.structs.replace(tensor, chunks=chunks))
+    return files, [_one(parts) for parts in pieces.values()]
+
+
+def _one(parts: list[Tensor]) -> Tensor:
+    first = parts[0]
+    for part in parts:
+        if (part.dtype, part.shape) != (first.dtype, first.shape):
+            raise SaveFailed(
+                f"{first.name} is {first.dtype} {list(first.shape)} on one rank and {part.dtype} {list(part.shape)} on "
+                "another"
+            )
+    chunks = sorted((chunk for part in parts for chunk in part.chunks), key=lambda chunk: box_of(chunk, first))
+    return msgspec.structs.replace(first, chunks=tuple(chunks))
+
+
+def _own_manifest(job: Job, attempt: str, report: _Report) -> Manifest:
+    """What one rank knows to be right in the new checkpoint: what it may borrow from."""
+    return Manifest(
+        root="",
+        step=job.step,
+        attempt=attempt,
+        after=0,
+        created_at=job.created_at,
+        world_size=1,
+        metrics={},
+        preempted=False,
+        components={},
+        files=tuple(report.files),
+        tensors=tuple(report.tensors),
+        aliases={},
+        environment={},
+    )

@@ -1,0 +1,246 @@
+"""
+S3 by its own requests, which s3fs signs and sends: conditional puts, parallel parts, ranged reads, one LIST a page.
+
+Everything runs on the event loop that fsspec has in a thread of its own, so no thread starts here. The client adds a
+CRC32 to every put and part, and the server refuses bytes that differ from theirs.
+
+*Lost answers.* An object is marked with a nonce. Where a create-only request failed, or its repetition was refused,
+the object is asked for its nonce: with ours, the request took effect, and only its answer was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar, cast
+
+from ckptman.errors import StorageError
+from ckptman.storage.base import Buffer
+from ckptman.storage.driver import Upload, refuse_above
+from ckptman.storage.foreign import is_transient, status_of
+from ckptman.storage.retry import Retry
+from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Parts
+
+Result = TypeVar("Result")
+
+READS_AT_ONCE = 8
+STALE = timedelta(days=1)
+_NONCE = "ckptman-nonce"
+
+
+class S3Driver:
+    """A `Driver` over s3fs. A path is the bucket, ``/``, and the object's key."""
+
+    can_swap = True
+
+    def __init__(self, filesystem: Any, retry: Retry) -> None:
+        self._fs = filesystem
+        self._retry = retry
+
+    # requests
+
+    def call(self, method: str, path: str, **arguments: Any) -> Mapping[str, Any]:
+        """The answer to one request, sent again where that may help."""
+        return self._retry(lambda: self.wait(self.begin(method, path, **arguments)), is_transient=is_transient)
+
+    def begin(self, method: str, path: str, **arguments: Any) -> Future[Mapping[str, Any]]:
+        """One request, under way: sent once."""
+        return asyncio.run_coroutine_threadsafe(self._request(method, path, **arguments), self._fs.loop)
+
+    def wait(self, future: Future[Result]) -> Result:
+        """Its result. Interrupted (Ctrl-C), it cancels what is under way."""
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def create(self, path: str, method: str, *, nonce: str, marked: bool = False, **arguments: Any) -> None:
+        """
+        Send the create-only request *method*, again where that may help, and find out what came of it.
+
+        Args:
+            path: Of the new object.
+            method: ``put_object`` or ``complete_multipart_upload``.
+            nonce: What the object is known by.
+            marked: Whether this request itself carries the nonce.
+            arguments: Of the request.
+        """
+        mark = {"Metadata": {_NONCE: nonce}} if marked else {}
+        tries = 0
+
+        def send() -> None:
+            nonlocal tries
+            tries += 1
+            self.wait(self.begin(method, path, IfNoneMatch="*", **mark, **arguments))
+
+        try:
+            self._retry(send, is_transient=is_transient)
+        except Exception as error:
+            is_settled = tries == 1 and not is_transient(error)  # refused at once: nothing of ours is there
+            if is_settled or not self._is_marked(path, nonce):
+                raise
+
+    def begin_upload(self, path: str, nonce: str) -> str:
+        """Begin an upload in parts; return its id."""
+        return str(self.call("create_multipart_upload", path, Metadata={_NONCE: nonce})["UploadId"])
+
+    def _is_marked(self, path: str, nonce: str) -> bool:
+        with suppress(Exception):  # whatever it is: the first error says more
+            return bool(self.call("head_object", path).get("Metadata", {}).get(_NONCE) == nonce)
+        return False
+
+    # writing
+
+    def put_new(self, path: str, data: Buffer) -> None:
+        self.create(path, "put_object", nonce=secrets.token_hex(16), marked=True, Body=bytes(data))
+
+    def upload(self, path: str) -> Upload:
+        return Parts(self, path)
+
+    def swap(self, path: str, data: bytes, expected: str) -> None:
+        self.wait(self.begin("put_object", path, Body=data, IfMatch=expected))
+
+    # reading
+
+    def get(self, path: str, limit: int) -> tuple[bytes, str]:
+        async def get() -> tuple[bytes, str]:
+            found = await self._request("get_object", path)
+            try:
+                nbytes = int(found["ContentLength"])
+                refuse_above(nbytes, limit, path)
+                into = bytearray(nbytes)
+                await _receive(found["Body"], memoryview(into))
+            finally:
+                found["Body"].close()
+            return bytes(into), str(found["ETag"])
+
+        return self._run(get())
+
+    def get_into(self, path: str, start: int, into: memoryview) -> int:
+        if not into:
+            self.size(path)
+            return 0
+        ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
+        return sum(self._run(_together([self._get_range(path, at, part) for at, part in ranges])))
+
+    async def _get_range(self, path: str, start: int, into: memoryview) -> int:
+        try:
+            found = await self._request("get_object", path, Range=f"bytes={start}-{start + len(into) - 1}")
+        except Exception as error:
+            if status_of(error) == 416:
+                return 0  # it begins beyond the end
+            raise
+        try:
+            nbytes = int(found["ContentLength"])
+            if nbytes > len(into):
+                raise StorageError(f"{path!r}: asked for {len(into)} bytes, the server sends {nbytes}")
+            await _receive(found["Body"], into[:nbytes])
+        finally:
+            found["Body"].close()
+        return nbytes
+
+    def size(self, path: str) -> int:
+        return int(self.wait(self.begin("head_object", path))["ContentLength"])
+
+    def modified_at(self, path: str) -> datetime:
+        return cast(datetime, self.wait(self.begin("head_object", path))["LastModified"])
+
+    def walk(self, folder: str) -> Iterator[tuple[str, int]]:
+        bucket = _bucket(folder)
+        for page in self._pages(f"{folder}/"):
+            for found in page.get("Contents", ()):
+                yield f"{bucket}/{found['Key']}", int(found["Size"])
+
+    def children(self, folder: str) -> list[str]:
+        bucket = _bucket(folder)
+        return [
+            f"{bucket}/{found['Prefix'].rstrip('/')}"
+            for page in self._pages(f"{folder}/", Delimiter="/")
+            for found in page.get("CommonPrefixes", ())
+        ]
+
+    # removing
+
+    def delete(self, path: str) -> None:
+        self.wait(self.begin("delete_object", path))
+
+    def remove_folder(self, folder: str) -> None:
+        """Make servers that keep folders (SeaweedFS) forget one that is empty; one that is not, they leave alone."""
+        self.delete(f"{folder}/")
+
+    def remove_stale(self, root: str, prefix: str) -> None:
+        before, bucket = datetime.now(UTC) - STALE, _bucket(root)
+        for page in self._pages(prefix):
+            for found in page.get("Contents", ()):
+                if found["LastModified"] < before:
+                    self.delete(f"{bucket}/{found['Key']}")
+        for path, upload, began in list(self.uploads(root)):
+            if began < before:
+                self.call("abort_multipart_upload", path, UploadId=upload)
+
+    def uploads(self, root: str) -> Iterator[tuple[str, str, datetime]]:
+        """Unfinished uploads below *root*: the path, the upload's id, and when it began."""
+        bucket, more = _bucket(root), cast("dict[str, object]", {})
+        while True:
+            page = self.call("list_multipart_uploads", f"{root}/", _key="Prefix", **more)
+            for found in page.get("Uploads", ()):
+                yield f"{bucket}/{found['Key']}", found["UploadId"], found["Initiated"]
+            if not page.get("IsTruncated"):
+                return
+            more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _pages(self, prefix: str, **arguments: object) -> Iterator[Mapping[str, Any]]:
+        more: dict[str, object] = {}
+        while True:
+            page = self.call("list_objects_v2", prefix, _key="Prefix", **arguments, **more)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            more = {"ContinuationToken": page["NextContinuationToken"]}
+
+    async def _request(self, method: str, path: str, *, _key: str = "Key", **arguments: Any) -> Mapping[str, Any]:
+        # s3fs has the session, the region of the bucket, and what users want added to requests (encryption, …). Its
+        # own way of sending would try again, translate the error and sleep once more before raising it.
+        bucket, _, key = path.partition("/")
+        await self._fs.set_session()
+        send = getattr(await self._fs.get_s3(bucket), method)
+        arguments = self._fs._get_s3_method_kwargs(send, Bucket=bucket, **{_key: key}, **arguments)
+        return cast("Mapping[str, Any]", await send(**arguments))
+
+    def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
+        return self.wait(asyncio.run_coroutine_threadsafe(call, self._fs.loop))
+
+
+async def _receive(body: Any, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        piece = await body.read(min(PIECE_NBYTES, len(into) - done))
+        if not piece:
+            raise ConnectionError(f"the answer ended after {done} of {len(into)} bytes")
+        into[done : done + len(piece)] = piece
+        done += len(piece)
+
+
+async def _together(calls: list[Coroutine[Any, Any, int]]) -> list[int]:
+    """All results; if one fails, the others are stopped first, so that none writes into memory afterwards."""
+    at_once = asyncio.Semaphore(READS_AT_ONCE)
+
+    async def one(call: Awaitable[int]) -> int:
+        async with at_once:
+            return await call
+
+    tasks = [asyncio.ensure_future(one(call)) for call in calls]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bucket(path: str) -> str:
+    return path.partition("/")[0]

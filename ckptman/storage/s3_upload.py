@@ -1,0 +1,151 @@
+"""
+An object in parts, create-only: uploaded while its bytes still come, seen by nobody before it is whole.
+
+At most `IN_FLIGHT_NBYTES` of parts are on their way and one more is being filled, so an upload takes 64 MiB, whatever
+the size of the object; above 156 GiB parts grow, since there can be 10,000 of them, and at least one is on its way.
+What fits into one part is a plain put. Parts are sent by the event loop that fsspec runs, so no thread starts here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from ckptman.errors import StorageError
+from ckptman.storage.foreign import is_transient
+
+if TYPE_CHECKING:
+    from ckptman.storage.s3 import S3Driver
+
+MIB = 1 << 20
+PART_NBYTES = 16 * MIB
+IN_FLIGHT_NBYTES = 48 * MIB
+PIECE_NBYTES = 1 << 18
+MAX_PARTS = 10_000
+MAX_NBYTES = 5 << 40
+"""Of one object: S3's own limits."""
+
+
+class Body:
+    """
+    Bytes for two readers: botocore, which signs and sums a file, and aiohttp, which sends what it iterates over.
+
+    Given the bytes themselves, the event loop would copy whatever the socket does not take at once.
+    """
+
+    def __init__(self, data: bytearray) -> None:
+        self._data = memoryview(data)
+        self._at = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, nbytes: int = -1) -> bytes:
+        """The next *nbytes*, or all that are left."""
+        stop = len(self._data) if nbytes < 0 else min(len(self._data), self._at + nbytes)
+        start, self._at = self._at, stop
+        return bytes(self._data[start:stop])
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to *offset*; return where that is."""
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """Where the next ``read`` begins."""
+        return self._at
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for start in range(0, len(self._data), PIECE_NBYTES):
+            yield self._data[start : start + PIECE_NBYTES]
+
+
+class Parts:
+    """An `Upload` to S3. Sends part after part while the caller goes on writing, each again where it failed."""
+
+    def __init__(self, driver: S3Driver, path: str) -> None:
+        self._driver = driver
+        self._path = path
+        self._nonce = secrets.token_hex(16)  # tells our own object, the answer to whose creation was lost
+        self._part_nbytes = PART_NBYTES
+        self._upload: str | None = None
+        self._part = bytearray()
+        self._sent: list[dict[str, object]] = []
+        self._in_flight: deque[tuple[int, bytearray, Future[Mapping[str, Any]]]] = deque()
+
+    def expect(self, nbytes: int) -> None:
+        """Choose parts large enough for *nbytes*; refuse more than S3 can hold."""
+        if nbytes > MAX_NBYTES:
+            raise StorageError(
+                f"{self._path!r} would have {nbytes} bytes, and S3 holds at most 5 TiB under one key; nothing was "
+                "sent. Split the component, or save it from more ranks"
+            )
+        self._part_nbytes = max(self._part_nbytes, -(-nbytes // (MAX_PARTS * MIB)) * MIB)
+
+    def write(self, data: memoryview) -> None:
+        while data:
+            room = self._part_nbytes - len(self._part)
+            if not room:
+                self._send()
+                continue
+            self._part += data[:room]
+            data = data[room:]
+
+    def finish(self) -> None:
+        if self._upload is None:
+            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=Body(self._part))
+            return
+        if self._part:
+            self._send()
+        while self._in_flight:
+            self._collect()
+        self._driver.create(
+            self._path,
+            "complete_multipart_upload",
+            nonce=self._nonce,
+            UploadId=self._upload,
+            MultipartUpload={"Parts": self._sent},
+        )
+
+    def drop(self) -> None:
+        for _, _, future in self._in_flight:
+            future.cancel()
+        self._in_flight.clear()
+        self._part = bytearray()
+        upload, self._upload = self._upload, None
+        if upload is not None:
+            self._driver.call("abort_multipart_upload", self._path, UploadId=upload)
+
+    def _send(self) -> None:
+        number, part = len(self._sent) + len(self._in_flight) + 1, self._part
+        if number > MAX_PARTS:
+            raise StorageError(
+                f"{self._path!r} has more than {MAX_PARTS} parts of {self._part_nbytes} bytes, the most that S3 takes"
+            )
+        if self._upload is None:
+            self._upload = self._driver.begin_upload(self._path, self._nonce)
+        if len(self._in_flight) >= max(1, IN_FLIGHT_NBYTES // self._part_nbytes):
+            self._collect()
+        self._in_flight.append((number, part, self._begin(number, part)))
+        self._part = bytearray()
+
+    def _begin(self, number: int, part: bytearray) -> Future[Mapping[str, Any]]:
+        return self._driver.begin("upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part))
+
+    def _collect(self) -> None:
+        number, part, future = self._in_flight[0]
+        try:
+            answer = self._driver.wait(future)
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            answer = self._driver.call(
+                "upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part)
+            )
+        self._in_flight.popleft()
+        sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
