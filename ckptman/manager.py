@@ -39,6 +39,7 @@ from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.loss import failure as failure_of
 from ckptman.pipeline.mirroring import Mirror, Mirroring
@@ -156,7 +157,7 @@ class CheckpointManager:
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
         self._limits = limits
-        self._engine = Engine(self._state, limits, overlap=overlap)
+        self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         weakref.finalize(self, self._watch.signals.uninstall)
@@ -291,7 +292,8 @@ class CheckpointManager:
         if failure is not None:
             raise failure
         owner = self._own_to_save(step)
-        captured = capture(state, rng=self._rng)
+        with no_search_for_cycles():
+            captured = capture(state, rng=self._rng)
         job = job_of(captured)
         attempts = {entry.attempt for entry in owner.newest.checkpoints}
         return Begun(job, captured, attempts, lambda source: write_checkpoint(owner, job, source), lambda _: None)
@@ -307,7 +309,8 @@ class CheckpointManager:
             if failure is not None:
                 raise failure
             try:
-                return capture(state, rng=self._rng)
+                with no_search_for_cycles():
+                    return capture(state, rng=self._rng)
             except Exception as error:
                 raise failed(step, error) from error
 
@@ -439,7 +442,10 @@ class CheckpointManager:
 
         def compare() -> None:
             rank, size = ranks.rank, ranks.world_size
-            found.append(prepare(state, manifest, only=only, strict=strict, rng=self._rng, rank=rank, world_size=size))
+            with no_search_for_cycles():
+                found.append(
+                    prepare(state, manifest, only=only, strict=strict, rng=self._rng, rank=rank, world_size=size)
+                )
 
         ranks.do(compare)
         with self._half_restoring(entry, found[0]):
@@ -463,12 +469,13 @@ class CheckpointManager:
 
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first: one listing and one read. Raises StorageError, FormatError."""
-        return [self._repository.checkpoint(entry) for entry in self._roots.entries()]
+        with no_search_for_cycles():
+            return [self._repository.checkpoint(entry) for entry in self._roots.entries()]
 
     def latest(self) -> Checkpoint | None:
         """The most recently committed checkpoint; None if there is none. Loads nothing, checks no data."""
-        entries = self._roots.entries()
-        return self._repository.checkpoint(entries[-1]) if entries else None
+        newest = self._roots.newest()
+        return None if newest is None else self._repository.checkpoint(newest)
 
     def best(self, metric: str, mode: Mode = "min") -> Checkpoint | None:
         """The best checkpoint by *metric*; None if none has a number for it. Of equals the later one."""

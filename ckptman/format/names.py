@@ -23,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RANK_SUFFIX = re.compile(r"(.*)\.rank-([0-9]+)")
 _NOT_A_COMPONENT = (RESERVED, _RANK_SUFFIX)
 _RECORD = re.compile(r"catalog/([0-9]{12})\.json")
-_ATTEMPT = re.compile(r"step-([0-9]{12,19})\.w([0-9]{4,18})\.([0-9a-f]{8})")
+_ATTEMPT = re.compile(r"step-([0-9]{12}|[1-9][0-9]{12,18})\.w([0-9]{4}|[1-9][0-9]{4,17})\.([0-9a-f]{8})")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -120,10 +120,9 @@ class Attempt:
     def parse(cls, text: str) -> Attempt | None:
         """The attempt that a folder's name stands for; None if it is not exactly one."""
         match = _ATTEMPT.fullmatch(text)
-        if match is None:
+        if match is None or (step := int(match[1])) > MAX_STEP:
             return None
-        attempt = cls(step=int(match[1]), epoch=int(match[2]), nonce=match[3])
-        return attempt if str(attempt) == text and attempt.step <= MAX_STEP else None
+        return cls(step=step, epoch=int(match[2]), nonce=match[3])
 
 
 def check_attempt(text: str) -> Attempt:
@@ -132,6 +131,12 @@ def check_attempt(text: str) -> Attempt:
     if attempt is None:
         raise FormatError(f"{text[:80]!r} is not the name of an attempt (step-<12 digits>.w<epoch>.<8 hex digits>)")
     return attempt
+
+
+def is_attempt_at(text: str, step: int) -> bool:
+    """Whether *text* names an attempt at *step*: asked of every checkpoint of a catalog, so it makes no object."""
+    match = _ATTEMPT.fullmatch(text)
+    return match is not None and int(match[1]) == step <= MAX_STEP
 
 
 def manifest_key(attempt: str) -> str:

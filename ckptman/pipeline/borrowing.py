@@ -26,6 +26,7 @@ import torch
 
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import File, Manifest, Tensor, box_of
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.state.capture import Captured, Leaf
 from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
 
@@ -81,6 +82,7 @@ class Borrowing:
     def __init__(self) -> None:
         self._lender: _Lender | None = None
 
+    @no_search_for_cycles()
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
         before = self._lender
@@ -116,13 +118,7 @@ class Borrowing:
             for leaf in part.leaves
             if _is_expected(leaf, lender, trained) and _agrees(leaf, lender.tensors[key_of(leaf)])
         ]
-        unchanged = []
-        for leaf in _of_worthwhile_files(expected, lender):
-            if _is_unchanged(leaf.tensor, lender.tensors[key_of(leaf)], lender.manifest.block_nbytes):
-                unchanged.append(leaf)
-            else:
-                lender.lively.add(key_of(leaf))
-        return _borrow(lender, [lender.tensors[key_of(leaf)] for leaf in _of_worthwhile_files(unchanged, lender)])
+        return _borrow(lender, _unchanged(expected, lender))
 
 
 def key_of(leaf: Leaf) -> Key:
@@ -160,22 +156,35 @@ def _agrees(leaf: Leaf, stored: Tensor) -> bool:
     )
 
 
-def _of_worthwhile_files(leaves: Iterable[Leaf], lender: _Lender) -> list[Leaf]:
+def _unchanged(leaves: Iterable[Leaf], lender: _Lender) -> list[Tensor]:
+    """The stored tensors of those *leaves* that are unchanged, of the files that are worth it."""
     by_file: defaultdict[int, list[Leaf]] = defaultdict(list)
     for leaf in leaves:
         by_file[lender.tensors[key_of(leaf)].chunks[0].file].append(leaf)
-    worthwhile = []
-    for index, found in by_file.items():
-        file = lender.manifest.files[index]
-        needed = sum(lender.tensors[key_of(leaf)].chunks[0].nbytes for leaf in found)
-        if needed >= max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes)):
-            worthwhile += found
-    return worthwhile
+    return [tensor for index, found in by_file.items() for tensor in _unchanged_of_file(index, found, lender)]
+
+
+def _unchanged_of_file(index: int, leaves: list[Leaf], lender: _Lender) -> list[Tensor]:
+    """Nothing, as soon as so much has changed that the file is not worth it: the rest is not hashed."""
+    file = lender.manifest.files[index]
+    stored = [lender.tensors[key_of(leaf)] for leaf in leaves]
+    enough = max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes))
+    to_spare = sum(tensor.chunks[0].nbytes for tensor in stored) - enough
+    unchanged = []
+    for leaf, tensor in zip(leaves, stored, strict=True):
+        if to_spare < 0:
+            return []
+        if _is_unchanged(leaf.tensor, tensor, lender.manifest.block_nbytes):
+            unchanged.append(tensor)
+        else:
+            lender.lively.add(key_of(leaf))
+            to_spare -= tensor.chunks[0].nbytes
+    return unchanged if to_spare >= 0 else []
 
 
 def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bool:
     """Whether the live bytes have the stored digests; stops at the first block that has not."""
-    if tensor.device.type != "cpu" or not is_row_major(tensor):
+    if not tensor.is_cpu or not is_row_major(tensor):
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         overwrite(copy, tensor)
         tensor = copy

@@ -17,10 +17,12 @@ from ckptman.pipeline.arena import Arena, Slot, pages, pinned
 from ckptman.pipeline.background import Background, PendingSave
 from ckptman.pipeline.borrowing import Borrowed, Borrowing
 from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.overlap import Deferred, Overlap, addresses
 from ckptman.pipeline.planning import PlannedFile, Planner
 from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream
+from ckptman.pipeline.writing import ALONE_NBYTES
 from ckptman.state.capture import Captured
 from ckptman.state.sizes import expected_nbytes
 from ckptman.types import Checkpoint
@@ -54,10 +56,12 @@ class Engine:
         state: Component name → live object; None for a manager that never saves.
         limits: What may be taken of the machine.
         overlap: Whether staging may go on after ``save`` has returned.
+        ranks: How many share the work of a save.
     """
 
-    def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool) -> None:
+    def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool, ranks: int = 1) -> None:
         self._state = state or {}
+        self._ranks = ranks
         self._limits = limits
         self._arena = self._new_arena()
         self._planner = Planner()
@@ -71,7 +75,7 @@ class Engine:
     def prefault(self) -> None:
         """Take the staging memory that the state will need, in the background."""
         if self._state and self._limits.prefault:
-            self._arena.prefault(expected_nbytes(self._state))
+            self._arena.prefault(expected_nbytes(self._state, ranks=self._ranks))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -98,6 +102,8 @@ class Engine:
         borrowed = self._borrow(captured, attempts)
         staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
         with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
+            if staging.nbytes <= ALONE_NBYTES:
+                return write(Source(staging.files, borrowed, staging.copied(), self._arena, _nothing))
             try:
                 beside = ThreadPoolExecutor(1, thread_name_prefix="ckptman-stage")
                 copying = beside.submit(staging.run, stream)
@@ -187,9 +193,11 @@ class Engine:
         uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
 
+    @no_search_for_cycles()
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
         return Staging(self._arena, self._planner, captured, without=borrowed.keys, slots=slots)
 
+    @no_search_for_cycles()
     def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
         optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]
         return self.borrowing.find(captured, trained=addresses(optimizers), attempts=attempts)

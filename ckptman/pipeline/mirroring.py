@@ -227,9 +227,8 @@ class Mirroring:
                 self._passed.add((entry.attempt, entry.tags))
                 self._tell(error, retry_s=None)
             return
-        self._passed.add(
-            (entry.attempt, entry.tags)
-        )  # a keep rule that drops what it wanted must not bring us here for ever
+        # Also where it is there: a keep rule that drops what it wanted before must not bring us here for ever.
+        self._passed.add((entry.attempt, entry.tags))
         if copied.is_new:
             duration_s = time.monotonic() - began
             _log.info("mirrored step %d to %s in %.2f s", entry.step, self.storage.url, duration_s)

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import compress
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ckptman.plan.boxes import Band, slices
 from ckptman.plan.load import Need, needs
 from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
 from ckptman.state.dtensor import Shard, is_sharded, shards
-from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite
+from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite, overwrite_part
 from ckptman.storage.base import Storage
 
 
@@ -24,31 +25,34 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     Read every tensor of *targets* into its target, in place; every byte is checked.
 
     Of a DTensor only what this process holds of it is read: the blocks that have bytes of it. Bytes go straight into a
-    target that is row-major host memory; anything else takes a host copy of one chunk, one at a time. Besides that at
-    most 8 MiB are taken for each of *threads*. A block is checked after it lies in the target:
-    if this raises, some targets hold new or damaged data. Once it has returned or raised nothing is read any more.
+    target that is row-major host memory; anything else takes a host copy of one block, one at a time (of one chunk,
+    where blocks cut elements). So at most 8 MiB are taken for each of *threads*. A block is checked after it lies in a
+    straight target: if this raises, some targets hold new or damaged data. Once it has returned or raised nothing is
+    read any more.
 
     Raises:
         IntegrityError: The checkpoint is damaged; of several faults the first one in the order of the files.
         StorageError: The medium failed.
     """
     reader = CheckedReader(storage, manifest)
-    placing = _Placing({name: target for name, target in targets.items() if not is_sharded(target)})
+    placing = _Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
     resharding = _Resharding({name: target for name, target in targets.items() if is_sharded(target)}, manifest)
     whole = parts_of(manifest, placing.targets)
     straight: list[_Work] = []
+    others: list[tuple[File, Part]] = []
     for number, file in enumerate(manifest.files):
         parts = sorted([*whole[number], *resharding.whole(number, placing)], key=lambda part: part.chunk.start)
         if parts or resharding.has(number):
             reader.header(file)
-            chosen = [part for part in parts if placing.is_straight(part)]
+            is_straight = [placing.is_straight(part) for part in parts]
+            chosen = list(compress(parts, is_straight))
             straight += [_Work(file, piece) for piece in pieces(chosen, manifest.block_nbytes)]
             straight += [_Work(file, run) for run in resharding.runs(number, manifest.block_nbytes)]
+            others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
     _Readers(reader, placing, straight).run(threads)
+    for file, part in others:
+        placing.through_a_copy(reader, file, part)
     for number, file in enumerate(manifest.files):
-        for part in (*whole[number], *resharding.whole(number, placing)):
-            if not placing.is_straight(part):
-                placing.through_a_copy(reader, file, part)
         for need, where in resharding.scattered(number):
             _read_bands(reader, file, need, where, manifest.block_nbytes)
 
@@ -126,8 +130,9 @@ class _Readers:
 class _Placing:
     """Where the bytes of a chunk go of which all is wanted."""
 
-    def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, targets: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
         self.targets = targets
+        self._block_nbytes = manifest.block_nbytes
         self._boxes: dict[tuple[int, int], torch.Tensor] = {}  # of parts of tensors, by file and first byte
 
     def put(self, need: Need, where: torch.Tensor) -> Part:
@@ -144,11 +149,15 @@ class _Placing:
         return as_bytes(self._box(tensor, chunk))
 
     def through_a_copy(self, reader: CheckedReader, file: File, part: Part) -> None:
-        """Read one chunk into host memory, then copy it to where it belongs."""
+        """Read one chunk into host memory, block by block, and copy each to where it belongs."""
         box = self._box(part.tensor, part.chunk)
-        copy = torch.empty(box.shape, dtype=box.dtype)
-        for _ in reader.chunks(file, [part], lambda tensor, chunk: as_bytes(copy)):
-            overwrite(box, copy)
+        if self._block_nbytes % box.element_size():  # blocks that cut elements: the format has them, we write none
+            copy = torch.empty(box.shape, dtype=box.dtype)
+            for _ in reader.chunks(file, [part], lambda tensor, chunk: as_bytes(copy)):
+                overwrite(box, copy)
+            return
+        for start, block in reader.blocks(file, part):
+            overwrite_part(box, start, torch.frombuffer(block, dtype=torch.uint8))
 
     def _box(self, tensor: Tensor, chunk: Chunk) -> torch.Tensor:
         target = self.targets.get(tensor.name)
@@ -207,7 +216,7 @@ def _needed(tensor: Tensor, held: Iterable[Shard]) -> Iterator[tuple[Need, torch
 
 
 def _is_host_memory(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and is_row_major(tensor)
+    return tensor.is_cpu and is_row_major(tensor)
 
 
 def _read_bands(reader: CheckedReader, file: File, need: Need, where: torch.Tensor, block_nbytes: int) -> None:

@@ -35,6 +35,7 @@ from ckptman.format.digest import sha256
 from ckptman.format.manifest import Component, File, Manifest, Tensor, write_manifest
 from ckptman.format.metrics import JsonMetrics
 from ckptman.format.names import Attempt, manifest_key
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Source
 from ckptman.pipeline.writing import write_files
 from ckptman.repository.changes import retained, with_checkpoint
@@ -163,7 +164,8 @@ def manifest_of(
 
 def put_manifest(storage: Storage, manifest: Manifest, *, tags: tuple[str, ...]) -> Entry:
     """Write *manifest* and make all names of its attempt durable; return how the catalog will list it."""
-    data = write_manifest(manifest)
+    with no_search_for_cycles():
+        data = write_manifest(manifest)
     with storage.open_new(manifest_key(manifest.attempt)) as out:
         out.write(data)
     storage.persist([manifest.attempt, ""])

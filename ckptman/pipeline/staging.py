@@ -29,6 +29,9 @@ _unflatten: Callable[[torch.Tensor, Sequence[torch.Tensor]], Sequence[torch.Tens
     torch._utils._unflatten_dense_tensors
 )
 
+_TINY_NBYTES = 4096
+"""Tensors that are smaller on average are copied by ``cat``: it takes a third of the time that views of places do."""
+
 Chosen = Callable[[torch.Tensor], bool]
 """Which tensors are to be copied now."""
 
@@ -140,6 +143,9 @@ def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     """Copy whole *tensors* of one dtype, one behind the other, into *region*."""
     if not has_copy_kernel(tensors[0].dtype):  # then they are contiguous: see plain_view
         tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    if len(region) < _TINY_NBYTES * len(tensors) and all(one.is_cpu and one.is_contiguous() for one in tensors):
+        torch.cat([tensor.view(-1) for tensor in tensors], out=region.view(tensors[0].dtype))
+        return
     places = _unflatten(region.view(tensors[0].dtype), tensors)
     torch._foreach_copy_(list(places), list(tensors))
 

@@ -10,8 +10,12 @@ from ckptman.format.digest import BLOCK_NBYTES, Hasher, block_digest
 from ckptman.format.manifest import Chunk, File, Tensor
 from ckptman.format.names import data_key
 from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
 from ckptman.storage.base import Expects, NewFile, Storage
+
+ALONE_NBYTES = 1 << 20
+"""So much is copied, digested and written by one thread: to start another one takes longer."""
 
 Result = TypeVar("Result")
 
@@ -52,6 +56,10 @@ def write_files(
 def _write_segment(
     out: NewFile, segment: Segment, data: memoryview, digesting: _Digesting, beside: ThreadPoolExecutor
 ) -> None:
+    if segment.nbytes <= ALONE_NBYTES:
+        digesting.feed(segment, data)
+        out.write(data[: segment.nbytes])
+        return
     digested = _begin(beside, lambda: digesting.feed(segment, data))
     try:
         out.write(data[: segment.nbytes])
@@ -85,6 +93,7 @@ class _Digesting:
             else:
                 self._part(piece, data[piece.at : piece.at + piece.stop - piece.start])
 
+    @no_search_for_cycles()
     def described(self, file: int) -> list[Tensor]:
         return [
             Tensor(

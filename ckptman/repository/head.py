@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckptman.errors import StorageError
@@ -34,9 +34,9 @@ class Head:
     damaged: tuple[int, ...] = ()
 
 
-def read_head(storage: Storage) -> Head:
+def read_head(storage: Storage, *, read: Callable[[bytes, int], Record] = read_record) -> Head:
     """
-    The newest whole record: first list, then read from the highest number down.
+    The newest whole record, as *read* makes it of its bytes and number: first list, then from the highest number down.
 
     List *first*: a record that lands between a read and a later listing would give us a number above it with
     contents from below it, and overwrite it in effect.
@@ -54,7 +54,7 @@ def read_head(storage: Storage) -> Head:
             for number in reversed(numbers):
                 data = storage.read(record_key(number), limit=MAX_RECORD_NBYTES)
                 try:
-                    record = read_record(data, number)
+                    record = read(data, number)
                 except Torn:
                     damaged.append(number)
                     continue

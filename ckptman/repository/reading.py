@@ -111,6 +111,15 @@ class CheckedReader:
         else:
             self._read_block(file, piece.parts[0], piece.block, memory)
 
+    def blocks(self, file: File, part: Part) -> Iterator[tuple[int, memoryview]]:
+        """Every block of *part* of *file*, checked: where it begins in the chunk, and its bytes, until the next one."""
+        scratch = memoryview(bytearray(min(part.chunk.nbytes, self._manifest.block_nbytes)))
+        for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
+            block = scratch[: stop - start]
+            self._fill(file, part.chunk.start + start, block, part.tensor)
+            self._check(file, part, index, block)
+            yield start, block
+
     def read_run(self, file: File, part: Part, block: int, run: tuple[int, int], memory: memoryview) -> None:
         """
         Read and check *block* of a chunk, and give of it what lies within *run*: bytes (start, stop) of the chunk.
@@ -147,8 +156,11 @@ class CheckedReader:
         self._fill(file, first, scratch, span[0].tensor)
         for part in span:
             view = scratch[part.chunk.start - first : part.stop - first]
-            for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
-                self._check(file, part, index, view[start:stop])
+            if len(part.chunk.digests) == 1:
+                self._check(file, part, 0, view)
+            else:
+                for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
+                    self._check(file, part, index, view[start:stop])
             into = memory(part.tensor, part.chunk)
             if into is not None:
                 into[:] = view

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from ckptman.errors import CheckpointNotFound, IntegrityError
-from ckptman.format.catalog import Entry
+from ckptman.format.catalog import Entry, Record, read_record
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, Manifest, read_manifest
 from ckptman.format.metrics import metrics_from_json
@@ -35,9 +35,9 @@ class Repository:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    def head(self) -> Head:
+    def head(self, *, read: Callable[[bytes, int], Record] = read_record) -> Head:
         """
-        The newest whole record.
+        The newest whole record, as *read* makes it of its bytes and number.
 
         Warns (`DamagedCheckpointWarning`) if newer records are damaged.
 
@@ -45,7 +45,7 @@ class Repository:
             FormatError: There are checkpoints, but no readable record; or the root has a newer format.
             StorageError: The catalog could not be read.
         """
-        head = read_head(self.storage)
+        head = read_head(self.storage, read=read)
         if head.record is None:
             refuse_unlisted(self.storage)
         for number in head.damaged:

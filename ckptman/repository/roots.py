@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ckptman.errors import CheckpointNotFound, CkptmanError, StorageError
 from ckptman.events import Damaged, Event, MirrorErred
-from ckptman.format.catalog import Entry
+from ckptman.format.catalog import Entry, Record, read_newest, read_record
 from ckptman.repository.both import Placed, of_both, seen_until
 from ckptman.repository.counterparts import counterpart
 from ckptman.repository.head import Head
@@ -41,6 +41,11 @@ class Roots:
         """What exists in the root, oldest commit first. Raises as `Repository.head` does."""
         record = self._head().record
         return record.checkpoints if record else ()
+
+    def newest(self) -> Entry | None:
+        """The last of ``entries``, without looking at the others; None if there is none. Raises as they do."""
+        record = self._head(read=read_newest).record
+        return record.checkpoints[-1] if record and record.checkpoints else None
 
     def choose(self, which: Which, passed_over: Collection[tuple[str, bool]]) -> Placed | None:
         """
@@ -96,10 +101,10 @@ class Roots:
             self.emit(MirrorErred(root=root, mirror=url, step=None, error=error, retry_s=None))
             return ()
 
-    def _head(self) -> Head:
+    def _head(self, *, read: Callable[[bytes, int], Record] = read_record) -> Head:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            head = self.root.head()
+            head = self.root.head(read=read)
         for one in caught:
             warnings.warn(one.message, one.category, stacklevel=5)
             self.emit(Damaged(root=self.root.storage.url, step=None, reason=str(one.message)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 
 import msgspec
@@ -15,8 +16,9 @@ from ckptman.format.numpy_values import is_inline, numpy_tree
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, to_json
 from ckptman.state.dtensor import is_sharded, shards
 from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
-from ckptman.state.tensors import TieKey, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
+from ckptman.state.tensors import address, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
 
+_SPECIAL = re.compile(r"""['"\[\]]""")
 _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
 
 
@@ -58,8 +60,8 @@ class Collector:
         self.aliases: dict[str, str] = {}
         self._notes: dict[str, Note] = {}
         self._taken: set[str] = set()
-        # the tensors are kept beside their keys: an id or address stays theirs only while they live
-        self._seen: dict[TieKey, tuple[TensorRef, torch.Tensor]] = {}
+        # by address, under which most tensors are alone; they are kept, for it stays theirs only while they live
+        self._seen: defaultdict[int, list[tuple[TensorRef, torch.Tensor]]] = defaultdict(list)
 
     def document(self, tree: object) -> bytes:
         """
@@ -100,28 +102,30 @@ class Collector:
         return self._strided(name, tensor, anchored=anchored)
 
     def _strided(self, name: str, tensor: torch.Tensor, *, anchored: bool) -> TensorRef:
-        key = (*tie_key(tensor), type(tensor), tensor.requires_grad)
         full = self._unique(name)
-        if key in self._seen:
-            ref = self._seen[key][0]
-            self.aliases[full] = ref.name
+        ref = self._met(full, tensor)
+        if ref.name != full:
             return ref
-        ref = TensorRef(full)
-        self._seen[key] = ref, tensor
         self.leaves.append(Leaf(name=full, tensor=plain_view(tensor), is_parameter=type(tensor) is Parameter))
-        if not anchored and (tensor.requires_grad or type(tensor) is not torch.Tensor or tensor.device.type != "cpu"):
+        if not anchored and (tensor.requires_grad or type(tensor) is not torch.Tensor or not tensor.is_cpu):
             self._note(full, tensor, _WHOLE, {})
         return ref
 
+    def _met(self, full: str, tensor: torch.Tensor) -> TensorRef:
+        """The reference to *tensor*: under the name that it has already where it was met before, else under *full*."""
+        neighbours = self._seen[address(tensor)]
+        for ref, other in neighbours:
+            if _is_one(tensor, other):
+                self.aliases[full] = ref.name
+                return ref
+        neighbours.append((TensorRef(full), tensor))
+        return neighbours[-1][0]
+
     def _sharded(self, name: str, tensor: torch.Tensor, path: str) -> TensorRef:
-        key = (*tie_key(tensor), type(tensor), tensor.requires_grad)
         full = self._unique(name)
-        if key in self._seen:
-            ref = self._seen[key][0]
-            self.aliases[full] = ref.name
+        ref = self._met(full, tensor)
+        if ref.name != full:
             return ref
-        ref = TensorRef(full)
-        self._seen[key] = ref, tensor
         for offset, held in shards(tensor, path):
             if not is_plain(held):
                 raise refused_subclass(held, path)
@@ -177,7 +181,11 @@ class Collector:
 
     def _name_of(self, path: str) -> str:
         """A name for the tensor at *path*: ``ema['w'][0]`` gives ``w.0``."""
-        inner = _SUBSCRIPT.sub(r".\1\2\3", path.removeprefix(self.component)).lstrip(".")
+        inner = path.removeprefix(self.component)
+        plain = inner[2:-2].replace("']['", ".")  # right where it has keys of plain text only, as most have
+        if inner[:2] != "['" or inner[-2:] != "']" or _SPECIAL.search(plain):
+            plain = _SUBSCRIPT.sub(r".\1\2\3", inner)
+        inner = plain.lstrip(".")
         return inner.removeprefix("entries.").removeprefix("state.") or "value"
 
     def _unique(self, name: str) -> str:
@@ -188,6 +196,12 @@ class Collector:
             full = f"{stem}~{count}"
         self._taken.add(full)
         return full
+
+
+def _is_one(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two live tensors are tied, and alike for the user too."""
+    is_alike = type(tensor) is type(other) and tensor.requires_grad == other.requires_grad
+    return is_alike and tie_key(tensor) == tie_key(other)
 
 
 _WHOLE = Parts(layout=STRIDED, tensors={})

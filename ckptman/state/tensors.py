@@ -71,10 +71,10 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     Raises:
         ValueError: *tensor* is none of that.
     """
-    if tensor.device.type != "cpu" or not is_row_major(tensor):
+    if not tensor.is_cpu or not is_row_major(tensor):
         raise ValueError(f"only contiguous CPU tensors have their bytes in order, got {describe(tensor)}")
     if tensor.dtype in _IN_NUMPY and tensor.numel():
-        whole: np.ndarray = tensor.detach().numpy()
+        whole: np.ndarray = tensor.numpy(force=True) if tensor.requires_grad else tensor.numpy()
         return whole.data.cast("B")  # the short way, for states of very many tensors
     array: np.ndarray = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return array.data
@@ -112,6 +112,12 @@ def tie_key(tensor: torch.Tensor) -> TieKey:
         return (id(tensor),)
     place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
     return (*place, tensor.is_conj(), tensor.is_neg())
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Equal for tensors that are one, and for few others: `tie_key` tells. Empty ones have no address but their own."""
+    held = dtensor.local(tensor) if is_sharded(tensor) else tensor
+    return held.data_ptr() or id(tensor)
 
 
 def overlaps_itself(tensor: torch.Tensor) -> bool:
@@ -161,6 +167,38 @@ def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
             live.detach().view(torch.uint8).copy_(source.view(torch.uint8))
         else:
             live.detach().copy_(source)
+
+
+def overwrite_part(live: torch.Tensor, start: int, data: torch.Tensor) -> None:
+    """
+    Give *live* the bytes *data* from byte *start* of its row-major order on.
+
+    Args:
+        live: What `is_fillable` lets pass, or a part of such; on any device.
+        start: At the beginning of an element.
+        data: Bytes of whole elements, on the CPU.
+    """
+    if live.dtype in _WITHOUT_COPY:  # then it is contiguous
+        _place(live.view(torch.uint8), start, data)
+    else:
+        _place(live, start // live.element_size(), data.view(live.dtype))
+
+
+def _place(live: torch.Tensor, start: int, values: torch.Tensor) -> None:
+    """Copy *values* to the elements of *live* from number *start* on: a part of a row, whole rows, a part of a row."""
+    if live.is_contiguous():
+        live.view(-1)[start : start + len(values)].copy_(values)
+        return
+    row_size = live[0].numel()
+    row, skipped = divmod(start, row_size)
+    if skipped or len(values) < row_size:
+        head = min(row_size - skipped, len(values))
+        _place(live[row], skipped, values[:head])
+        row, values = row + 1, values[head:]
+    count = len(values) // row_size
+    live[row : row + count].copy_(values[: count * row_size].view(count, *live.shape[1:]))
+    if rest := len(values) - count * row_size:
+        _place(live[row + count], 0, values[-rest:])
 
 
 def describe(tensor: torch.Tensor) -> str:

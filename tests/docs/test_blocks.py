@@ -29,6 +29,7 @@ BLOCKS = {
     "docs/how-to/accelerate.md": 1,
     "docs/how-to/ignite.md": 1,
     "docs/how-to/torchtitan.md": 1,
+    "docs/how-to/convert.md": 1,
     "docs/reference/api.md": 2,
     "docs/reference/format.md": 1,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,8 +19,9 @@ pytest.importorskip("peft")
 
 from crash.accidents import Child
 from hugging_face_job import Job, gpt, listed, lora, outcome
+from transformers import TrainerCallback
 
-from ckptman import SaveFailed, StateMismatch
+from ckptman import Preempted, SaveFailed, StateMismatch
 from ckptman.storage.local import LocalStorage
 from ckptman.testing.faults import FaultySystem, fail
 
@@ -89,6 +91,26 @@ def test_two_ranks_that_were_killed_end_as_two_that_were_not(job: Job, model: An
     resumed = finish(job, scratch / "killed")
     assert [one["equal"] for one in resumed] == [one["equal"] for one in whole]
     assert [one["began"] for one in resumed] == [before[-1].step if before else 0] * RANKS
+
+
+class Terminate(TrainerCallback):
+    """A notice that only the first rank gets."""
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+        if state.global_step == 2 and args.process_index == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_of_the_first_rank_is_that_of_all(job: Job, scratch: Path) -> None:
+    """All leave at the same step, once it is committed."""
+
+    def train(tell: Callable[[str], None], rank: int) -> None:
+        with pytest.raises(Preempted) as raised:
+            Job(output=job.output, options=job.options, callbacks=lambda: [Terminate()]).build(scratch / "root").train()
+        tell(str(raised.value.step))
+
+    assert on_all_ranks(train) == [["3"]] * RANKS
+    assert [one.step for one in listed(scratch / "root")] == [2, 3]
 
 
 def test_what_fails_on_the_first_rank_fails_on_all(job: Job, scratch: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from ckptman import (
     CheckpointNotFound,
     DamagedCheckpointWarning,
     IntegrityError,
+    Preempted,
     StateMismatch,
     UnsupportedState,
     keep,
@@ -275,6 +278,32 @@ def test_a_state_of_a_callback_that_json_cannot_say_fails_the_save(job: Job, scr
 
     inside(train)
     assert listed(scratch / "root") == []
+
+
+class Terminate(TrainerCallback):
+    """The scheduler of the cluster wants the machine, in the middle of step 5."""
+
+    def on_step_begin(self, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+        if state.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_notice_saves_the_step_that_is_under_way(job: Job, scratch: Path) -> None:
+    """``train()`` leaves with exit code 75 once that is committed; the run goes on there; handlers are put back."""
+    whole = job.finish(scratch / "whole")
+
+    def train() -> None:
+        trainer = Job(output=job.output, callbacks=lambda: [Terminate()]).build(scratch / "root")
+        with pytest.raises(Preempted) as raised:
+            trainer.train()
+        assert (raised.value.code, raised.value.step) == (75, 5)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    inside(train)
+    assert [one.step for one in listed(scratch / "root")] == [2, 4, 5]
+    resumed = job.finish(scratch / "root")
+    assert resumed["began"] == 5
+    assert resumed["equal"] == whole["equal"]
 
 
 def test_the_scale_of_the_gradients_is_restored(job: Job, scratch: Path) -> None:

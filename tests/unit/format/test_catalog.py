@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from ckptman.errors import FormatError
-from ckptman.format.catalog import Record, entry_of, read_record, write_record
+from ckptman.format.catalog import Record, entry_of, read_newest, read_record, write_record
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import Manifest
 from ckptman.format.sealed import Torn
@@ -118,3 +118,23 @@ def test_an_entry_says_what_its_manifest_says(manifest: Manifest) -> None:
     assert [getattr(listed, name) for name in same] == [getattr(manifest, name) for name in same]
     assert (listed.components, listed.tags, listed.borrows) == (("model", "epoch"), ("t",), manifest.borrows)
     assert listed.manifest == "a" * 64
+
+
+def test_the_newest_is_read_as_strictly_as_all_are(record: Record) -> None:
+    """Of a record, `read_newest` gives what `read_record` gives, without the older entries; with none, none."""
+    older = msgspec.structs.replace(record.checkpoints[0], step=8, attempt=OTHER, tags=())
+    both = msgspec.structs.replace(record, checkpoints=(older, *record.checkpoints))
+    assert read_newest(write_record(both), record.number) == record
+    empty = msgspec.structs.replace(record, checkpoints=())
+    assert read_newest(write_record(empty), record.number) == empty
+
+
+@pytest.mark.parametrize(("change", "match"), [rule[1:] for rule in RULES], ids=[rule[0] for rule in RULES])
+def test_every_rule_holds_for_the_newest(record: Record, change: Change, match: str) -> None:
+    """A rule that the newest entry breaks by itself, or the record, is found; what older ones break is not."""
+    data = changed(record, change)
+    if "twice" in match and "in one" not in match and change.__qualname__.startswith("twin"):
+        assert len(read_newest(data, record.number).checkpoints) == 1  # its twin is older
+    else:
+        with pytest.raises(FormatError, match=match):
+            read_newest(data, record.number)

@@ -199,3 +199,18 @@ def test_a_failed_save_changes_nothing_of_what_may_be_lent(tmp_path: Path) -> No
         shutil.move(moved, tmp_path)
         assert manager.save(2, block=True).result().new_nbytes < MIB
         assert is_intact(tmp_path)
+
+
+def test_what_changed_too_much_to_borrow_is_borrowed_once_it_rests(tmp_path: Path) -> None:
+    """Six of ten tensors change: all is written, though not all was looked at. At rest, everything is borrowed."""
+    state = {"weights": {str(index): torch.full((1 << 18,), float(index)) for index in range(10)}}
+    with CheckpointManager(tmp_path, state, rng=False) as manager:
+        for step in range(1, 6):
+            if step == 2:
+                for index in range(6):
+                    state["weights"][str(index)] += 1
+            manager.save(step, block=True)
+        written = [checkpoint.new_nbytes for checkpoint in manager.checkpoints()]
+    assert written[:2] == [10 * MIB, 10 * MIB]
+    assert written[-1] == 0
+    assert is_intact(tmp_path)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from ckptman import CheckpointManager, IntegrityError, Limits
 from ckptman.errors import StorageError
-from ckptman.format.manifest import Manifest
+from ckptman.format.digest import digests
+from ckptman.format.manifest import Manifest, Tensor
 from ckptman.pipeline.reading import fill
 from ckptman.repository.repository import Repository
 from ckptman.storage.local import LocalStorage
@@ -86,6 +89,46 @@ def test_damage_in_any_block_is_named_and_the_first_one_wins(tmp_path: Path) -> 
         flip(tmp_path, manifest, *behind)
     assert len(large_ones) == 4 + 3 + 2
     fill(storage, manifest, targets(manifest), threads=4)
+
+
+def test_a_target_that_is_not_row_major_takes_memory_for_one_block(tmp_path: Path) -> None:
+    """A turned tensor of three blocks and a bit: every block is read into the same 8 MiB, and lies where it belongs."""
+    torch.manual_seed(1)
+    saved = torch.randn(1700, 4097)
+    with CheckpointManager(tmp_path, {"big": saved}, rng=False) as manager:
+        manager.save(1, block=True)
+    reads: list[tuple[int, int]] = []
+
+    class Watched(LocalStorage):
+        def read_into(self, key: str, start: int, into: memoryview) -> int:
+            reads.append((ctypes.addressof(ctypes.c_char.from_buffer(into)), len(into)))
+            return super().read_into(key, start, into)
+
+    live = torch.zeros(4097, 1700).t()
+    with CheckpointManager(Watched(tmp_path), {"big": live}, rng=False) as manager:
+        manager.restore()
+    assert torch.equal(live, saved)
+    blocks = reads[1:]  # the first one is the header
+    assert [nbytes for _, nbytes in blocks] == [8 * MIB, 8 * MIB, 8 * MIB, saved.nbytes - 24 * MIB]
+    assert len({address for address, _ in blocks}) == 1
+
+
+def test_blocks_that_cut_elements_are_read_all_the_same(tmp_path: Path) -> None:
+    """The format lets others digest blocks of 7 bytes: straight targets and turned ones get the right bytes."""
+    storage, manifest = stored(tmp_path)
+    data = {file.path: storage.read(file.path, limit=1 << 30) for file in manifest.files}
+
+    def cut(tensor: Tensor) -> Tensor:
+        (chunk,) = tensor.chunks
+        whole = data[manifest.files[chunk.file].path][chunk.start : chunk.start + chunk.nbytes]
+        return msgspec.structs.replace(tensor, chunks=(msgspec.structs.replace(chunk, digests=digests(whole, 7)),))
+
+    names = ("a/turned", "a/33", "b/half")
+    tensors = tuple(cut(tensor) for tensor in manifest.tensors if tensor.name in names)
+    other = msgspec.structs.replace(manifest, block_nbytes=7, tensors=tensors)
+    found = targets(other)
+    fill(storage, other, found)
+    assert all(torch.equal(found[name], large()[name[0]][name[2:]]) for name in names)
 
 
 class Failing(LocalStorage):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter, OrderedDict, deque
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from state_roundtrip import begin, load, save
 
 from ckptman.errors import StateMismatch
+from ckptman.state.capture import capture
 
 
 def test_identity_is_kept_wherever_possible() -> None:
@@ -181,3 +183,24 @@ def test_any_state_comes_back_into_any_other(state: dict[Any, Any], live: dict[A
     assert same(target, original)
     load({"d": target}, saved)
     assert same(target, original)
+
+
+def test_very_many_empty_tensors_are_no_ties() -> None:
+    """They have no address to be told apart by: 20,000 are captured in linear time, each under its own name."""
+    state = {"empty": {str(index): torch.empty(0, 3) for index in range(20_000)}}
+    began = time.thread_time()
+    captured = capture(state, rng=False)["empty"]
+    assert time.thread_time() - began < 10
+    assert len(captured.leaves) == 20_000
+    assert not captured.aliases
+
+
+@pytest.mark.parametrize("key", ["plain", "it's", 'say "so"', "a[0]", "']['", ".dot", "a.b", 7, ("t", 1)], ids=repr)
+def test_names_of_tensors_are_unique_and_speak(key: object) -> None:
+    """Whatever the keys are called, two tensors get two names, each with its component before it."""
+    state = {"box": {key: {"inner": [torch.ones(1), torch.ones(1)]}, "other": torch.ones(2)}}
+    names = [leaf.name for leaf in capture(state, rng=False)["box"].leaves]
+    assert len(set(names)) == 3
+    assert all(name.startswith("box/") and len(name) > len("box/") for name in names)
+    if key == "plain":
+        assert names == ["box/plain.inner.0", "box/plain.inner.1", "box/other"]

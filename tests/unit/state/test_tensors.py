@@ -15,7 +15,7 @@ from ckptman.format.dtypes import DTYPES
 from ckptman.format.manifest import Component
 from ckptman.state.capture import capture
 from ckptman.state.kinds import check_state
-from ckptman.state.tensors import as_bytes, dtype_name, dtype_of
+from ckptman.state.tensors import as_bytes, dtype_name, dtype_of, overwrite_part
 
 PRESENT = [name for name in DTYPES if isinstance(getattr(torch, name, None), torch.dtype)]
 
@@ -286,6 +286,16 @@ def test_a_dtensor_tells_its_box_and_a_partial_sum_is_refused(tmp_path: Any) -> 
         torch.distributed.destroy_process_group()
 
 
+def test_fsdp1_is_refused() -> None:
+    """Its parameters are flat and in parts: saved as they are, nobody could tell what they were."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # torch makes none where there is no GPU
+    nn.Module.__init__(model)
+    with pytest.raises(UnsupportedState, match="fully_shard"):
+        capture({"model": nn.Sequential(model)}, rng=False)
+
+
 def test_the_same_tensor_in_two_components() -> None:
     """A shadow that is the model's own weight stays that, and is stored for both."""
     model = nn.Linear(2, 2)
@@ -321,3 +331,22 @@ def test_names_of_components() -> None:
     for wrong in ([1], {1: 2}, None):
         with pytest.raises(TypeError):
             check_state(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int16, torch.complex128, torch.bool], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "order"), [((7,), (0,)), ((5, 6), (1, 0)), ((3, 4, 5), (2, 0, 1)), ((2, 3, 4, 5), (0, 3, 1, 2))], ids=str
+)
+def test_a_tensor_is_filled_piece_by_piece_wherever_the_pieces_are_cut(
+    shape: tuple[int, ...], order: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Turned ones and ones with gaps, from pieces of any number of elements: exactly the row-major bytes."""
+    gaps = torch.zeros([2 * size for size in shape]).to(dtype)[(slice(None, None, 2),) * len(shape)]
+    for live in (torch.zeros(shape).to(dtype).permute(order), gaps.permute(order)):
+        expected = torch.randn(live.shape).mul(9).to(dtype).contiguous()
+        data, itemsize = expected.view(-1).view(torch.uint8), expected.element_size()
+        for count in (1, 2, 3, 5, 7, 11, 1000):
+            live.zero_()
+            for start in range(0, len(data), count * itemsize):
+                overwrite_part(live, start, data[start : start + count * itemsize])
+            assert torch.equal(live, expected)
