@@ -60,7 +60,7 @@ def _lose(rank: int, victim: int, method: str, end: str) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if end == "close":
                 ranks.close()
-                time.sleep(5)
+                time.sleep(2.5)  # alive, so that its silence tells nothing
                 return {}
             raise AssertionError(end)
         began = time.monotonic()
@@ -82,8 +82,7 @@ def _lose(rank: int, victim: int, method: str, end: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", ["gather", "broadcast", "agree"])
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize(("victim", "method"), [(0, "broadcast"), (2, "gather"), (2, "agree")])
 def test_a_killed_rank_is_named_on_all_others(tmp_path: Path, victim: int, method: str) -> None:
     """Within 30 s, the same text on all; the next try fails faster."""
     found = [one for one in run(tmp_path, 4, _lose, victim, method, "kill") if one is not None]
@@ -102,7 +101,7 @@ def test_a_rank_that_left_is_named_at_once(tmp_path: Path) -> None:
     for one in (found[0], found[2]):
         assert one["ranks"] == [1]
         assert "left" in one["text"]
-        assert one["s"] < 5
+        assert one["s"] < 2.5
 
 
 def _again(rank: int) -> list[Any]:

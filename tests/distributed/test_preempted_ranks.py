@@ -16,7 +16,16 @@ import torch
 import torch.distributed as dist
 from fleet import run
 
-from ckptman import CheckpointManager, FilesCoordinator, Preempted, Preemption, RankLost, SaveFailed, TorchCoordinator
+from ckptman import (
+    CheckpointManager,
+    FilesCoordinator,
+    Preempted,
+    Preemption,
+    RankLost,
+    SaveFailed,
+    TorchCoordinator,
+    boundary,
+)
 
 TRAINING = Path(__file__).with_name("training_ranks.py")
 
@@ -26,6 +35,7 @@ def _preempted(rank: int, root: str, how: str, through_files: bool) -> dict[str,
     file = Path(root).parent / "stop"
     told = Preemption(file=file, deadline=time.time() + 1.0 if how == "deadline" and rank == 1 else None, grace_s=0.0)
     ranks = FilesCoordinator(root, rank=rank, world_size=3, job="a") if through_files else None
+    boundary.MAX_INTERVAL_S = 1.0  # rather than 10: for this process, a child
     weights = torch.zeros(4)
     with CheckpointManager(root, {"weights": weights}, preemption=told, coordinator=ranks) as manager:
         for step in range(1, 100_000):
