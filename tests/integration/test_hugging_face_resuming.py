@@ -106,12 +106,12 @@ def test_a_fresh_start_in_an_old_root_is_resumed_itself(job: Job, scratch: Path)
     assert resumed["equal"] == whole["equal"]
 
 
-@pytest.mark.parametrize("component", ["model", "optimizer", "trainer", "ranks"])
+@pytest.mark.parametrize("component", ["model", "optimizer", "trainer"])
 def test_damage_in_any_component_leads_to_the_older_checkpoint(component: str, job: Job, scratch: Path) -> None:
     """All of the state comes from one checkpoint: the newest one that is intact as a whole. And it is said."""
     root = scratch / "root"
     whole = job.finish(root)
-    if component == "trainer":
+    if component == "trainer":  # its values, and those of the ranks, are in the manifest
         (manifest,) = root.glob("step-000000000008.*/manifest.json")
         manifest.write_bytes(manifest.read_bytes()[:-9])
     else:
