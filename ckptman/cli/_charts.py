@@ -87,7 +87,7 @@ def tensor_map(manifest: Manifest) -> str:
         about = "\n".join((name, kind, f"{size(nbytes)}, {share:.1%}"))
         parts.append(f"<g><title>{_text(about)}</title>")
         parts.append(_rect(f"cell hue{hue}", x, y, max(w - 1, 0.3), max(h - 1, 0.3)))
-        room = int((w - 10) / 7)
+        room = int((w - 10) / 7.6)  # characters, in the widest of the usual fonts
         if h > 20 and room >= 6:
             short = name if len(name) <= room else f"…{name[-(room - 1) :]}"
             parts.append(_label(short, x + 6, y + 16, "start", "cell-name"))

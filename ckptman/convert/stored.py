@@ -105,6 +105,7 @@ class StoredCheckpoint:
             fill(self.storage, part, targets)
             for one in batch:
                 yield one, as_bytes(targets[one.name])
+            targets.clear()  # before the next ones are made
 
     def _tensor(self, name: str, *, is_array: bool) -> StoredTensor:
         if name not in self._made:

@@ -5,6 +5,7 @@ import contextlib
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -295,6 +296,34 @@ def test_an_interrupted_import_leaves_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "root").glob("step-*2.w*"))
     import_checkpoint(tmp_path / "root", tmp_path / "in.pt", step=2)
     assert [one.step for one in CheckpointManager(tmp_path / "root").checkpoints()] == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["open_new", "persist", "create"])
+def test_a_killed_import_leaves_nothing_that_counts(tmp_path: Path, method: str) -> None:
+    """SIGKILL at the first file, after the last, or at the commit: no step, and the next import sweeps and works."""
+    torch.save({"model": {"w": torch.zeros(1 << 18)}}, tmp_path / "in.pt")
+    torch.save({"model": {"w": torch.zeros(3)}}, tmp_path / "other.pt")
+    root = str(tmp_path / "root")
+    import_checkpoint(root, tmp_path / "other.pt", step=1)
+
+    class Killing(LocalStorage):
+        """Dies at the call that it is told, if the import has begun to write."""
+
+    def kill(storage: Killing, *arguments: Any) -> Any:
+        if method == "create" and not list((tmp_path / "root").glob("step-*2.w*/manifest.json")):
+            return getattr(LocalStorage, method)(storage, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Killing, method, kill)
+    child = os.fork()
+    if child == 0:
+        import_checkpoint(Killing(root), tmp_path / "in.pt", step=2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert [one.step for one in CheckpointManager(root).checkpoints()] == [1]
+    import_checkpoint(root, tmp_path / "in.pt", step=2)
+    assert [one.step for one in CheckpointManager(root).checkpoints()] == [1, 2]
+    assert len(list((tmp_path / "root").glob("step-*"))) == 2
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_committed(tmp_path: Path) -> None:
