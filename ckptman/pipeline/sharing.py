@@ -7,8 +7,10 @@ Before a save from many ranks: what is equal on all of them, what each has of it
 
 What is held by several ranks under one name:
 
-    parameters, moments, DTensors    replicas: whoever has least to write writes them. A plain one of which a sample of
-                                     bytes differs when a plan is made is no replica, and stored per rank.
+    parameters, moments, DTensors    replicas: whoever has least to write writes them. A sample of the bytes of plain
+                                     parameters is compared at every save: models that began equal may drift apart.
+                                     Where one differs, all plain parameters and moments are compared as a whole, and
+                                     those that differ are stored per rank.
     other tensors of modules         compared by digest at every save; those that differ from rank 0's are stored per
     (buffers)                        rank
     all other components             compared as a whole: values and tensors; stored per rank where they differ
@@ -42,12 +44,16 @@ _TRAINED = ("module", "optimizer")
 
 
 class _Part(msgspec.Struct, frozen=True, array_like=True):
-    """Digests of a component: of its values, and of those of its tensors that may differ between ranks."""
+    """
+    Digests of a component: of its values, of those of its tensors that may differ between ranks, and of samples of its
+    parameters.
+    """
 
     name: str
     kind: str
     values: str
     contents: str
+    parameters: str
 
 
 class _Opening(msgspec.Struct, frozen=True, array_like=True):
@@ -72,6 +78,7 @@ class _Orders(msgspec.Struct, frozen=True, array_like=True):
     attempts: list[str]
     plan: str
     is_new: bool
+    have_drifted: bool  # parameters differ between ranks, so that no sample can be trusted
 
 
 class _Details(msgspec.Struct, frozen=True, array_like=True):
@@ -162,12 +169,15 @@ class Sharing:
             _check_agreement(openings)
             plan, named = _fingerprint(openings), name_attempt()
             is_new = not plan or any(opening.plan != plan for opening in openings)
-            return msgspec.msgpack.encode(_Orders(named.attempt, named.after, list(named.attempts), plan, is_new))
+            have_drifted = _differ(openings, lambda part: part.parameters)
+            return msgspec.msgpack.encode(
+                _Orders(named.attempt, named.after, list(named.attempts), plan, is_new, have_drifted)
+            )
 
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
         if told.is_new:
             self._plan, self._planned_for = None, ""
-            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured)))  # noqa: E731
+            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured, whole=told.have_drifted)))  # noqa: E731
             answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
             self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
             self._planned_for = told.plan
@@ -206,12 +216,15 @@ def _may_differ(kind: str, leaf: Leaf) -> bool:
 
 
 def _part(name: str, part: Captured) -> _Part:
-    contents = Hasher()
+    contents, parameters = Hasher(), Hasher()
     for leaf in part.leaves:
         if _may_differ(part.kind, leaf):
             contents.update(leaf.name.encode())
             contents.update(_host_bytes(leaf.tensor))
-    return _Part(name, part.kind, hashlib.sha256(part.values).hexdigest(), contents.hexdigest())
+        elif leaf.is_parameter and leaf.offset is None:
+            _add_sample(parameters, leaf.tensor)
+    values = hashlib.sha256(part.values).hexdigest()
+    return _Part(name, part.kind, values, contents.hexdigest(), parameters.hexdigest())
 
 
 def _host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -222,23 +235,31 @@ def _host_bytes(tensor: torch.Tensor) -> memoryview:
     return as_bytes(copy)
 
 
-def _samples(captured: Mapping[str, Captured]) -> list[str]:
-    return [_sample(part.kind, leaf) for part in captured.values() for leaf in part.leaves]
+def _samples(captured: Mapping[str, Captured], *, whole: bool) -> list[str]:
+    return [_sample(part.kind, leaf, whole=whole) for part in captured.values() for leaf in part.leaves]
 
 
-def _sample(kind: str, leaf: Leaf) -> str:
+def _sample(kind: str, leaf: Leaf, *, whole: bool) -> str:
     """By what a replica of *leaf* is told; "" where it needs no telling."""
     if leaf.offset is not None or kind not in _TRAINED:
         return ""
     hasher = Hasher()
-    flat = leaf.tensor.reshape(-1) if is_row_major(leaf.tensor) else None
-    count = max(1, SAMPLE_NBYTES // leaf.tensor.element_size())
-    if flat is None or _may_differ(kind, leaf) or len(flat) <= 2 * count:
+    if whole or _may_differ(kind, leaf):
         hasher.update(_host_bytes(leaf.tensor))
     else:
-        hasher.update(_host_bytes(flat[:count]))
-        hasher.update(_host_bytes(flat[-count:]))
+        _add_sample(hasher, leaf.tensor)
     return hasher.hexdigest()
+
+
+def _add_sample(hasher: Hasher, tensor: torch.Tensor) -> None:
+    """Add the beginning and the end of *tensor*; all of it if that is little more."""
+    count = max(1, SAMPLE_NBYTES // tensor.element_size())
+    if tensor.numel() <= 2 * count or not is_row_major(tensor):
+        hasher.update(_host_bytes(tensor))
+        return
+    flat = tensor.reshape(-1)
+    hasher.update(_host_bytes(flat[:count]))
+    hasher.update(_host_bytes(flat[-count:]))
 
 
 def _check_agreement(openings: list[_Opening]) -> None:
@@ -269,15 +290,20 @@ def _own_components(openings: list[_Opening], rank: int) -> list[str]:
 
 
 def _fingerprint(openings: list[_Opening]) -> str:
-    """What a plan depends on; "" where buffers differ, so that each save has to look which."""
-    for parts in zip(*(opening.parts for opening in openings), strict=True):
-        if parts[0].kind in _TRAINED and len({part.contents for part in parts}) > 1:
-            return ""
+    """What a plan depends on; "" where buffers or parameters differ, so that each save has to look which."""
+    if _differ(openings, lambda part: (part.contents, part.parameters)):
+        return ""
     facts = [
         (opening.signature, _own_values(openings, rank), _own_components(openings, rank))
         for rank, opening in enumerate(openings)
     ]
     return sha256(msgspec.msgpack.encode(facts))
+
+
+def _differ(openings: list[_Opening], digests: Callable[[_Part], object]) -> bool:
+    """Whether *digests* of a component that is trained are not the same on all ranks."""
+    by_component = zip(*(opening.parts for opening in openings), strict=True)
+    return any(parts[0].kind in _TRAINED and len({digests(part) for part in parts}) > 1 for parts in by_component)
 
 
 def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:

@@ -111,6 +111,36 @@ def test_what_differs_between_ranks_comes_back_to_each(tmp_path: Path) -> None:
     assert repository.checkpoints()[-1].components == (*state_of(0), "rng")
 
 
+def _drift(rank: int, root: str) -> list[list[float]]:
+    """No data parallelism: each rank trains a model of its own, and all began with the same one."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Embedding(40, 64), torch.nn.Linear(64, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    rows = torch.tensor([18 + rank, 20])  # in the middle of the table: what both begin and end with stays equal
+    with CheckpointManager(root, {"model": model, "optimizer": optimizer}) as manager:
+        for number in range(3):
+            model(rows).square().sum().backward()
+            if number:
+                optimizer.step()
+            optimizer.zero_grad()
+            manager.save(number, block=True)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        moments = [{name: value.clone() for name, value in one.items()} for one in optimizer.state.values()]
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        manager.restore()
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+    for one, other in zip(moments, optimizer.state.values(), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    return before[0][18:21].tolist()
+
+
+def test_models_that_began_equal_and_drifted_apart_come_back_to_their_ranks(tmp_path: Path) -> None:
+    """A plan that was made while all were equal does not serve on: no rank loses its weights to another's."""
+    zero, one = run(tmp_path, 2, _drift, str(tmp_path / "root"))
+    assert zero != one
+
+
 def test_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Streams are seeded anew, reproducibly; a loader is refused unless it can spread, or it is asked to be left."""
     root = str(tmp_path / "root")
