@@ -4,7 +4,7 @@ ckptman: save, be killed, resume — bit for bit.
 The house, from the ground up; a module imports only from floors below its own:
 
     7  guests     cli/ | demo/ | integrations/ | testing/      doctor/ is what cli/ measures a storage with
-    6  face       manager.py                   CheckpointManager; schedule.py and preemption.py say when to save
+    6  face       manager.py                   CheckpointManager; schedule.py, preemption.py, boundary.py: when to save
     5  motion     pipeline/                    stage → write, read → place
     4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
     3  rules      repository/                  what exists, and who may change it
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ckptman.pipeline.background import PendingSave
     from ckptman.pipeline.budget import Limits
     from ckptman.pipeline.mirroring import Mirror
+    from ckptman.preemption import Preemption
     from ckptman.repository import keep
     from ckptman.repository.repository import DamagedCheckpointWarning
     from ckptman.schedule import Every
@@ -58,6 +59,7 @@ _HOMES = {
     "ckptman.manager": ("CheckpointManager",),
     "ckptman.pipeline.background": ("PendingSave",),
     "ckptman.pipeline.budget": ("Limits",),
+    "ckptman.preemption": ("Preemption",),
     "ckptman.pipeline.mirroring": ("Mirror",),
     "ckptman.repository.repository": ("DamagedCheckpointWarning",),
     "ckptman.schedule": ("Every",),
@@ -84,6 +86,7 @@ __all__ = [
     "Mirror",
     "PendingSave",
     "Preempted",
+    "Preemption",
     "RankLost",
     "SaveFailed",
     "Skipped",

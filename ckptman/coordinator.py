@@ -21,8 +21,9 @@ from ckptman.coordination.jobs import folder_name, place
 from ckptman.coordination.joining import join
 from ckptman.coordination.leftovers import FOLDER, Leftovers
 from ckptman.coordination.life import SILENCE_S, Life
+from ckptman.coordination.meeting import meet
 from ckptman.coordination.storage_board import StorageBoard
-from ckptman.coordination.torch_board import TorchBoard
+from ckptman.coordination.torch_board import PrefixStore, TorchBoard, connection
 from ckptman.errors import RankLost, StorageError
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
@@ -132,17 +133,18 @@ class TorchCoordinator(Hub):
     The ranks of ``torch.distributed``'s default group, whatever its backend: they talk through its store.
 
     No collective of the training is ever run, on any thread, and no group is made. To be constructed on every rank, in
-    the same order if there are several. It waits for nobody.
+    the same order if there are several: it returns once all are there.
 
     A rank that dies, or stops beating, is named on all others within 30 s. A rank that lives is waited for.
 
     Args:
         silence_s: How long a rank may be silent before it counts as lost. It beats from a thread, so it is silent only
             if it is dead, stopped, cut off, or held up in code that keeps Python's lock.
-        patience_s: How long to wait for a rank that lives and does not come, or that never began.
+        patience_s: How long to wait for a rank that lives and does not come, here and later.
 
     Raises:
         ValueError: There is no process group.
+        RankLost: Not all ranks came.
     """
 
     def __init__(self, *, silence_s: float = SILENCE_S, patience_s: float = PATIENCE_S) -> None:
@@ -150,8 +152,15 @@ class TorchCoordinator(Hub):
             raise ValueError("there is no process group: call torch.distributed.init_process_group first")
         # torch has no public way to the store of the default group; this one is there since 1.9
         store = dist.distributed_c10d._get_default_store()
-        board = TorchBoard(store, f"ckptman/{next(_instances)}")
-        rank = dist.get_rank()
+        rank, world_size, prefix = dist.get_rank(), dist.get_world_size(), f"ckptman/{next(_instances)}"
+        session = meet(
+            PrefixStore(prefix, connection(store)),
+            rank=rank,
+            world_size=world_size,
+            nonce=secrets.token_hex(8),
+            timeout_s=patience_s,
+        )
+        board = TorchBoard(store, f"{prefix}/{session}")
         life = Life(board.connect(), rank, silence_s=silence_s)
         super().__init__(board, life, rank=rank, world_size=dist.get_world_size(), name="main", patience_s=patience_s)
         board.pin(host_key(rank), self.host.encode())

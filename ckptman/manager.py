@@ -14,6 +14,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
+from ckptman.boundary import Boundary
 from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
     Preempted,
@@ -48,7 +49,7 @@ from ckptman.pipeline.recall import recall
 from ckptman.pipeline.saving import Begun, Job, name_attempt, write_checkpoint
 from ckptman.pipeline.sharing import Attempted, Sharing
 from ckptman.pipeline.together import Turn, failed
-from ckptman.preemption import Notices
+from ckptman.preemption import Preemption, Watch
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
@@ -102,6 +103,7 @@ class CheckpointManager:
         coordinator: How the ranks of a job talk to each other. None: ``torch.distributed`` where it is initialised with
             several ranks, else this process is alone.
         hooks: Called with every event.
+        preemption: How the job learns that it will be stopped, beside SIGTERM and SIGUSR1, and how long it then has.
         mirror: A second root that gets a copy of every checkpoint in the background: a root, or a `Mirror` with its own
             ``keep``. ``restore`` reads both. What fails there is an event, and never a failed save.
 
@@ -127,6 +129,7 @@ class CheckpointManager:
         coordinator: Coordinator | None = None,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         hooks: Iterable[Hook] = (),
+        preemption: Preemption = Preemption(),  # noqa: B008 - a frozen value
         mirror: str | os.PathLike[str] | Storage | Mirror | None = None,
     ) -> None:
         self._storage = open_storage(root, storage_options=storage_options, single_writer=single_writer)
@@ -138,9 +141,14 @@ class CheckpointManager:
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
+        if not isinstance(preemption, Preemption):
+            raise TypeError(f"preemption must be Preemption(…), got {preemption!r}")
         if self._state is None and mirror is not None:
             raise ValueError("a manager that is opened for reading has no mirror: give it a state")
-        self._ranks = Ranks(Solo() if self._state is None else current(coordinator))
+        coordinator = Solo() if self._state is None else current(coordinator)
+        self._ranks = Ranks(coordinator)
+        self._watch = Watch(preemption)
+        self._boundary = Boundary(coordinator.channel("steps"), self._watch)
         self._sharing = Sharing(self._ranks)
         self._save_every = save_every
         self._keep = keep
@@ -149,16 +157,14 @@ class CheckpointManager:
         self._hooks = tuple(hooks)
         self._owner: Ownership | None = None
         self._limits = limits
-        self._engine = Engine(self._state, limits, overlap=overlap)
+        self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
-        self._notices = Notices()
+        weakref.finalize(self, self._watch.signals.uninstall)
         self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror)
         mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
         self._roots = Roots(root=self._repository, mirror=mirrored, emit=_weakly(self))
-        weakref.finalize(self, self._notices.uninstall)
         weakref.finalize(self, self._engine.forget)
-        self._last_save_at = time.monotonic()
         self._half_restored: str | None = None
         self._is_closed = False
         self._engine.prefault()
@@ -206,20 +212,26 @@ class CheckpointManager:
         """
         Call once per training step: saves when ``save_every`` says so; returns None otherwise.
 
-        The first call in the main thread installs handlers for SIGTERM and SIGUSR1. When one of these arrived, this
-        saves, waits for the commit, and raises.
+        When the job is about to be stopped (SIGTERM, SIGUSR1, and what `Preemption` names), this saves, waits for the
+        commit, and raises. The first call in the main thread installs handlers for the two signals.
+
+        With several ranks it is collective, every rank calls it with the same step, and all do the same: one rank's
+        notice is all ranks' notice. They agree at most twice a second, not in every step; so *save_every* goes by a
+        number of seconds that is the same on all ranks and may be half a second old, and it must depend on nothing but
+        its two arguments.
 
         Raises:
             Preempted: A notice arrived, and the checkpoint is committed. It is a ``SystemExit`` with code 75.
             As ``save``: Whatever it raises.
         """
         self._check_open_for_saving()
-        self._notices.install()
-        if self._notices.received is not None:
+        self._watch.signals.install()
+        outlook = self._boundary.look(check_step(step))
+        if outlook.notice is not None:
+            self._watch.hear(outlook.notice)
             self._save(step, metrics or {}, (), block=True, preempted=True)
-            raise Preempted(f"{self._notices.received} arrived; step {step} is saved in {self.root}", step=step)
-        seconds = time.monotonic() - self._last_save_at
-        if self._save_every is None or not self._save_every(check_step(step), seconds):
+            raise Preempted(f"{outlook.notice} arrived; step {step} is saved in {self.root}", step=step)
+        if self._save_every is None or not self._save_every(step, outlook.seconds):
             return None
         return self.save(step, metrics=metrics)
 
@@ -249,7 +261,7 @@ class CheckpointManager:
             )
 
         begun = (self._begin_together if self._ranks.are_many else self._begin_alone)(state, job_of, step, failure)
-        self._last_save_at = time.monotonic()
+        self._boundary.saved()
         try:
             if block:
                 future: Future[Checkpoint] = Future()
@@ -324,6 +336,7 @@ class CheckpointManager:
         self._engine.borrowing.saved(saved.manifest)
         duration_s = time.monotonic() - began
         _log.info("saved step %d to %s: %d bytes in %.2f s", job.step, self.root, saved.checkpoint.nbytes, duration_s)
+        self._watch.took(duration_s)
         self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
         if saved.pruned:
             self._emit(Pruned(root=self.root, steps=saved.pruned))
@@ -527,13 +540,13 @@ class CheckpointManager:
             self._mirroring.refuse_its_thread()
         self._background.drain()
         self._is_closed = True
-        self._notices.uninstall()
+        self._watch.signals.uninstall()
         self._engine.close()
         if self._owner is not None:
             self._owner.release()
         self._ranks.close()
         if self._mirroring is not None:
-            self._mirroring.close(waits=self._notices.received is None)
+            self._mirroring.close(waits=not self._watch.has_noticed)
         self._raise_uncollected()
 
     def __enter__(self) -> Self:

@@ -1,8 +1,9 @@
 """
 The command line: one file per command, each imported only when it is asked for.
 
-    ls · latest · show · verify · diff · log               look, and never create anything
+    ls · latest · show · verify · diff · log · report      look, and never create anything
     tag · untag · prune · delete · gc · repair · cp        change a root, as its writer
+    import · export                                        other tools' checkpoints, in and out
     doctor                                                 measures a storage
     demo                                                   shows what all this is for
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from keyword import iskeyword
 from typing import Any, NoReturn
 
 import click
@@ -20,6 +21,7 @@ _HOMES = {
     "verify": "verify",
     "diff": "diff",
     "log": "log",
+    "report": "report",
     "prune": "prune",
     "gc": "gc",
     "repair": "repair",
@@ -28,6 +30,8 @@ _HOMES = {
     "delete": "delete",
     "cp": "cp",
     "doctor": "doctor",
+    "import": "import_",
+    "export": "export",
 }
 """Each command, and the module of this package that has it under its own name."""
 
@@ -42,7 +46,8 @@ class LazyGroup(click.Group):
         home = _HOMES.get(cmd_name)
         if home is None:
             return None
-        command = getattr(import_module(f"ckptman.cli.{home}"), cmd_name)
+        name = f"{cmd_name}_" if iskeyword(cmd_name) else cmd_name
+        command = getattr(import_module(f"ckptman.cli.{home}"), name)
         assert isinstance(command, click.Command)
         return command
 

@@ -24,7 +24,10 @@ def gc(storage: Storage, *, is_sure: bool, lock_timeout_s: float, as_json: bool)
     """
     entries = entries_to_change(storage)
     listed = {entry.attempt for entry in entries}
-    garbage, freed_nbytes = [name for name in attempts(storage) if name not in listed], 0
+    lenders = {key.partition("/")[0] for entry in entries for key in entry.borrows}
+    unlisted = [name for name in attempts(storage) if name not in listed]
+    garbage = [name for name in unlisted if name not in lenders or freeable_nbytes(storage, entries, [name])]
+    freed_nbytes = 0
     if garbage:
         freed_nbytes = freeable_nbytes(storage, entries, garbage)
         if not (is_sure or as_json):

@@ -11,6 +11,7 @@ What this does not tell: whether a rank that beats will ever come. For that ther
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -59,9 +60,11 @@ class Life:
         """Beat once, so that everybody may hear of this rank, and go on in the background. Raises StorageError."""
         self._board.beat(self._rank, 0)
         self._thread.start()
+        atexit.register(self.stop)  # a thread that is inside torch while the interpreter ends may crash it
 
     def stop(self) -> None:
         """Stop beating. Again: does nothing."""
+        atexit.unregister(self.stop)
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -18,6 +18,8 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  
 
 from ckptman.errors import StorageError
 
+__all__ = ["PrefixStore", "Store", "TorchBoard", "connection", "reporting"]
+
 PART_NBYTES = 4 << 20
 """A TCPStore takes values of 8 MiB at most."""
 
@@ -32,7 +34,7 @@ class TorchBoard:
     def __init__(self, store: Store, prefix: str) -> None:
         self._shared = store
         self._prefix = prefix
-        self._store = PrefixStore(prefix, _connection(store))
+        self._store = PrefixStore(prefix, connection(store))
         self._parts: dict[str, int] = {}  # of what was read or pinned here, to remove them too
 
     @property
@@ -56,7 +58,7 @@ class TorchBoard:
 
     def pin(self, key: str, value: bytes) -> None:
         """Set *key*, its parts before it. See `Board.pin`."""
-        with _reporting():
+        with reporting():
             starts = range(PART_NBYTES, len(value), PART_NBYTES)
             for count, start in enumerate(starts, 1):
                 self._set(f"{key}/{count}", value[start : start + PART_NBYTES])
@@ -65,18 +67,18 @@ class TorchBoard:
 
     def pin_first(self, key: str, value: bytes) -> bytes:
         """Set *key* to *value*, a small text, unless it is set; return what is there. See `Board.pin_first`."""
-        with _reporting():
+        with reporting():
             found = self._store.compare_set(key, "", (bytes(4) + value).decode())
             return bytes(found)[4:]
 
     def has(self, key: str) -> bool:
         """Whether *key* is set. See `Board.has`."""
-        with _reporting():
+        with reporting():
             return bool(self._store.check([key]))
 
     def read(self, key: str) -> bytes:
         """The value with its parts. See `Board.read`."""
-        with _reporting():
+        with reporting():
             first = bytes(self._store.get(key))
             count = int.from_bytes(first[:4], "big")
             self._parts[key] = count
@@ -84,7 +86,7 @@ class TorchBoard:
 
     def remove(self, keys: list[str]) -> None:
         """Delete *keys* and their parts. See `Board.remove`."""
-        with _reporting():
+        with reporting():
             for key in keys:
                 self._store.delete_key(key)
                 for count in range(1, self._parts.pop(key, 0) + 1):
@@ -92,12 +94,12 @@ class TorchBoard:
 
     def beat(self, rank: int, count: int) -> None:
         """Set the count of *rank*."""
-        with _reporting():
+        with reporting():
             self._store.set(f"beat.{rank}", str(count))
 
     def beats(self, ranks: list[int]) -> dict[int, int]:
         """The counts of those that have one."""
-        with _reporting():
+        with reporting():
             keys = {rank: f"beat.{rank}" for rank in ranks}
             heard = keys if self._store.check(list(keys.values())) else self._heard(keys)
             if not heard:
@@ -115,7 +117,7 @@ class TorchBoard:
         """Nothing to let go of but the connection, which goes with this object."""
 
 
-def _connection(store: Store) -> Store:
+def connection(store: Store) -> Store:
     """
     The same store over a socket of our own, where it is one that has sockets.
 
@@ -128,7 +130,8 @@ def _connection(store: Store) -> Store:
 
 
 @contextmanager
-def _reporting() -> Iterator[None]:
+def reporting() -> Iterator[None]:
+    """Turn what torch raises where its store does not answer into a `StorageError`."""
     try:
         yield
     except RuntimeError as error:  # torch's DistError and its like

@@ -27,7 +27,17 @@ from ckptman.format.strict_json import is_plain_text, parse
 ALIGNMENT = 64
 
 _METADATA = "__metadata__"
-_ITEMSIZES = {dtype.safetensors: dtype.itemsize for dtype in DTYPES.values() if dtype.safetensors is not None}
+FOREIGN = {
+    "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+"""Types that files of others may hold, and torch's names of them: newer than the oldest safetensors that reads ours."""
+
+_ITEMSIZES = {dtype.safetensors: dtype.itemsize for dtype in DTYPES.values() if dtype.safetensors is not None} | {
+    name: DTYPES[dtype].itemsize for name, dtype in FOREIGN.items()
+}
 
 Span = tuple[str, tuple[int, ...], int, int]
 """What a header says of one key: safetensors' dtype, shape, first byte and end, counted from the start of the file."""

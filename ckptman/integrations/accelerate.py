@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ckptman.manager import CheckpointManager
+from ckptman.storage.base import Storage
 
 _WHOLE_ON_EVERY_RANK = {
     DistributedType.NO,
@@ -28,7 +29,10 @@ _UNUSED = "_initial_iter_for_state_dict"
 
 
 def manager_for(
-    accelerator: Accelerator, root: str | os.PathLike[str], state: Mapping[str, object] | None = None, **options: Any
+    accelerator: Accelerator,
+    root: str | os.PathLike[str] | Storage,
+    state: Mapping[str, object] | None = None,
+    **options: Any,
 ) -> CheckpointManager:
     """
     A manager of everything that *accelerator* has prepared by now.

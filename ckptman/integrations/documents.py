@@ -136,7 +136,7 @@ def take_apart(document: Mapping[str, object], names: Mapping[str, str]) -> dict
     """The components of *document*."""
     parts: dict[str, Part | Weights] = {}
     places: dict[str, str] = {}
-    metadata: dict[str, object] = {}
+    weights: dict[str, object] = {}
     rest: dict[object, object] = {}
     for key, value in document.items():
         name = names.get(key, key) if isinstance(key, str) else ""
@@ -146,27 +146,34 @@ def take_apart(document: Mapping[str, object], names: Mapping[str, str]) -> dict
         places[key] = name
         if _is_weights(value):
             parts[name] = Weights(value)
-            metadata[key] = getattr(value, "_metadata", None)
+            weights[key] = {"ordered": type(value) is OrderedDict, "metadata": getattr(value, "_metadata", None)}
         else:
             parts[name] = Part(value)
-    whole = {"order": list(document), "places": places, "metadata": metadata, "rest": rest}
+    whole = {"order": list(document), "places": places, "weights": weights, "rest": rest}
     return {**parts, DOCUMENT: Part(whole)}
 
 
 def put_together(parts: Mapping[str, object]) -> dict[Any, Any]:
     """The document whose components came back as *parts*. Raises FormatError if it never was one."""
     whole = parts.get(DOCUMENT)
-    if not isinstance(whole, dict) or whole.keys() != {"order", "places", "metadata", "rest"}:
+    if not isinstance(whole, dict) or whole.keys() != {"order", "places", "weights", "rest"}:
         raise FormatError(f"this checkpoint was not saved by a framework: it has the components {', '.join(parts)}")
     document = {}
     for key in whole["order"]:
         value = parts[whole["places"][key]] if key in whole["places"] else whole["rest"][key]
-        if key in whole["metadata"]:
-            value = OrderedDict(value["entries"])  # type: ignore[index]
-            if whole["metadata"][key] is not None:
-                value._metadata = whole["metadata"][key]  # type: ignore[attr-defined]
+        if key in whole["weights"]:
+            value = _state_dict(value, **whole["weights"][key])
         document[key] = value
     return document
+
+
+def _state_dict(stored: Any, *, ordered: bool, metadata: object) -> dict[str, object]:
+    if not ordered:
+        return dict(stored["entries"])
+    state: OrderedDict[str, object] = OrderedDict(stored["entries"])
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]  # where load_state_dict looks for it
+    return state
 
 
 def read(root: str | Storage, which: Which = "latest") -> tuple[Entry, dict[Any, Any]]:
@@ -225,6 +232,7 @@ def _is_free(name: str, parts: Mapping[str, object]) -> bool:
 def _is_weights(value: object) -> TypeGuard[dict[str, torch.Tensor]]:
     return (
         isinstance(value, dict)
+        and type(value) in (dict, OrderedDict)
         and all(isinstance(key, str) and key for key in value)
         and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
     )

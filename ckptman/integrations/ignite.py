@@ -13,6 +13,7 @@ from ignite.handlers.checkpoint import BaseSaveHandler
 from ckptman.integrations.files import drop, named, tag_of
 from ckptman.manager import CheckpointManager
 from ckptman.repository.repository import Which
+from ckptman.storage.base import Storage
 from ckptman.types import Checkpoint
 
 SELF = "checkpointer"
@@ -53,7 +54,7 @@ class CkptmanSaver(BaseSaveHandler):
     """
 
     def __init__(
-        self, root: str | os.PathLike[str], to_save: Mapping[str, object], trainer: Engine, **options: Any
+        self, root: str | os.PathLike[str] | Storage, to_save: Mapping[str, object], trainer: Engine, **options: Any
     ) -> None:
         self._handler: dict[str, Any] = {}
         self._manager = CheckpointManager(root, {**to_save, SELF: self._handler}, keep=named, **options)

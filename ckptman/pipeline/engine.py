@@ -56,10 +56,12 @@ class Engine:
         state: Component name → live object; None for a manager that never saves.
         limits: What may be taken of the machine.
         overlap: Whether staging may go on after ``save`` has returned.
+        ranks: How many share the work of a save.
     """
 
-    def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool) -> None:
+    def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool, ranks: int = 1) -> None:
         self._state = state or {}
+        self._ranks = ranks
         self._limits = limits
         self._arena = self._new_arena()
         self._planner = Planner()
@@ -73,7 +75,7 @@ class Engine:
     def prefault(self) -> None:
         """Take the staging memory that the state will need, in the background."""
         if self._state and self._limits.prefault:
-            self._arena.prefault(expected_nbytes(self._state))
+            self._arena.prefault(expected_nbytes(self._state, ranks=self._ranks))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

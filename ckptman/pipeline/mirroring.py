@@ -171,7 +171,7 @@ class Mirroring:
             return (has_work or not self._is_closing) and not self._is_stopped
 
     def _try_until_done(self) -> bool:
-        """Catch up, whatever it takes; False where there is no more to be done in this process."""
+        """Catch up, whatever it takes; False where this process is to do no more."""
         pause_s = self._pause_s
         while True:
             try:
@@ -187,7 +187,7 @@ class Mirroring:
                     return False
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
             else:
-                return not self._is_closing
+                return True  # there may be more work since we looked, also where the manager closes by now
 
     def _sleep(self, pause_s: float) -> bool:
         """Whether to go on: a manager that closes meanwhile gets one more try."""
@@ -227,9 +227,8 @@ class Mirroring:
                 self._passed.add((entry.attempt, entry.tags))
                 self._tell(error, retry_s=None)
             return
-        self._passed.add(
-            (entry.attempt, entry.tags)
-        )  # a keep rule that drops what it wanted must not bring us here for ever
+        # Also where it is there: a keep rule that drops what it wanted before must not bring us here for ever.
+        self._passed.add((entry.attempt, entry.tags))
         if copied.is_new:
             duration_s = time.monotonic() - began
             _log.info("mirrored step %d to %s in %.2f s", entry.step, self.storage.url, duration_s)

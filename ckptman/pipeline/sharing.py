@@ -51,19 +51,26 @@ class _Part(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Opening(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank says first; ``signature`` is the digest of what it holds."""
+    """What a rank says first: ``signature`` is the digest of what it holds, ``plan`` what its plan was made for."""
 
     step: int
     signature: str
+    plan: str
     parts: list[_Part]
 
 
 class _Orders(msgspec.Struct, frozen=True, array_like=True):
-    """What rank 0 answers: where to write, what may be borrowed from, and whether it has to know more first."""
+    """
+    What rank 0 answers: where to write, and what may be borrowed from.
+
+    ``plan`` is what the plan of this save is made for ("" for no other save than this); with ``is_new`` it is still to
+    be made.
+    """
 
     attempt: str
     after: int
     attempts: list[str]
+    plan: str
     is_new: bool
 
 
@@ -121,7 +128,7 @@ class Sharing:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._plan: _RankPlan | None = None
-        self._known = ""  # rank 0: what the plan was made for
+        self._planned_for = ""
 
     def begin(
         self, step: int, capture: Callable[[], Mapping[str, Captured]], name_attempt: Callable[[], Attempted]
@@ -146,23 +153,24 @@ class Sharing:
             captured = capture()
             held = [_held(leaf) for leaf in _leaves(captured)]
             parts = [_part(name, part) for name, part in captured.items()]
-            return msgspec.msgpack.encode(_Opening(step, sha256(msgspec.msgpack.encode(held)), parts))
+            return msgspec.msgpack.encode(
+                _Opening(step, sha256(msgspec.msgpack.encode(held)), self._planned_for, parts)
+            )
 
         def orders(parts: list[bytes]) -> bytes:
             openings[:] = [msgspec.msgpack.decode(part, type=_Opening) for part in parts]
             _check_agreement(openings)
-            named = name_attempt()
-            return msgspec.msgpack.encode(
-                _Orders(named.attempt, named.after, list(named.attempts), self._is_new(_fingerprint(openings)))
-            )
+            plan, named = _fingerprint(openings), name_attempt()
+            is_new = not plan or any(opening.plan != plan for opening in openings)
+            return msgspec.msgpack.encode(_Orders(named.attempt, named.after, list(named.attempts), plan, is_new))
 
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
         if told.is_new:
-            self._plan = None
+            self._plan, self._planned_for = None, ""
             details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured)))  # noqa: E731
             answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
             self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
-            self._known = _fingerprint(openings) if openings else ""
+            self._planned_for = told.plan
         assert self._plan is not None
         mine = _chosen(captured, self._plan, self._ranks.rank)
         return captured, Shared(
@@ -172,9 +180,6 @@ class Sharing:
             mine=mine,
             own_values=self._plan.own_values,
         )
-
-    def _is_new(self, fingerprint: str) -> bool:
-        return self._plan is None or not fingerprint or fingerprint != self._known
 
 
 def _leaves(captured: Mapping[str, Captured]) -> Iterator[Leaf]:

@@ -75,17 +75,22 @@ class Turn:
         return write_together(self._ranks, self._storage, self._owner, self.job, self._shared, source)
 
     def abandon(self, error: BaseException) -> None:
-        """Tell all ranks that staging failed here with *error*; raises that on all of them. Nothing after ``write``."""
+        """
+        Tell all ranks that staging failed here with *error*; raises that on all of them. Nothing after ``write``.
+
+        After Ctrl-C and the like it raises on the others only: here it is the caller who raises that.
+        """
         if not self._take():
             return
 
         def part() -> bytes:
-            raise failed(self.job.step, error) if isinstance(error, Exception) else error
+            raise failed(self.job.step, error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
         try:
             self._ranks.conclude(part)
-        except RankLost as lost:
-            raise failed(self.job.step, lost) from error
+        except CkptmanError as told:
+            if isinstance(error, Exception):
+                raise failed(self.job.step, told) from error
         finally:
             if self._owner is not None:
                 self._owner.discard(self._shared.attempt)

@@ -48,7 +48,7 @@ def capture(state: Mapping[str, object], *, rng: bool) -> dict[str, Captured]:
     Raises:
         UnsupportedState: Something cannot be saved without pickle; its ``path`` says what.
     """
-    settle(state.values())
+    settle(state)
     members = names_of_parameters(state)
     # foreign state_dict methods may draw random numbers: what is captured is what was before any of them
     with torch.inference_mode(False), torch.no_grad(), untouched() as streams:

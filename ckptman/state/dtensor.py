@@ -8,7 +8,7 @@ of each: perhaps an empty one, and not in the order of the ranks.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -136,21 +136,28 @@ def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
             shard.tensor.copy_(given[0].tensor[index])
 
 
-def settle(state: Iterable[object]) -> None:
+def settle(state: Mapping[str, object]) -> None:
     """
     Have FSDP2 let go of whole parameters that it keeps for the next backward pass: what modules hold is sharded then.
 
     Nothing that training computes is changed by it: they are gathered again when they are needed.
+
+    Raises:
+        UnsupportedState: A module is sharded by FSDP1, whose state can be had as a whole only by gathering it.
     """
     module = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(module, "FSDPModule", None)
-    if kind is None:
+    if module is None:
         return
-    for live in state:
-        if isinstance(live, nn.Module):
-            for part in live.modules():
-                if isinstance(part, kind):
-                    part.reshard()
+    for name, live in state.items():
+        for part in live.modules() if isinstance(live, nn.Module) else ():
+            if isinstance(part, module.FullyShardedDataParallel):
+                raise UnsupportedState(
+                    f"cannot save {name}: FullyShardedDataParallel (FSDP1) keeps parts of flattened parameters, which "
+                    "have no place in a whole that other ranks could restore. Use torch.distributed.fsdp.fully_shard",
+                    path=name,
+                )
+            if isinstance(part, getattr(module, "FSDPModule", ())):
+                part.reshard()  # type: ignore[operator]
 
 
 def is_of_fsdp2(hook: object) -> bool:

@@ -170,7 +170,7 @@ def prepare(module: nn.Module, stored: Stored, filling: Filling) -> None:
         _prepare_through_hooks(module, saved, stored, filling)
         return
     live = entries(module)
-    compare_names(stored.name, list(live), list(saved.entries), filling)
+    compare_names(stored.name, _not_tied(live, saved), list(saved.entries), filling)
     steps: list[Give] = []
     for name, entry in live.items():
         if name not in saved.entries:
@@ -181,6 +181,12 @@ def prepare(module: nn.Module, stored: Stored, filling: Filling) -> None:
         elif (give := _placed(name, value, entry.tensor, stored, filling)) is not None:
             steps.append(give)
     filling.later(Phase.MODULES, lambda: _take(steps))
+
+
+def _not_tied(live: Mapping[str, Entry], saved: ModuleState) -> list[str]:
+    """The names of *live*, without those that are only further names of a parameter that was saved under another."""
+    filled = {id(entry.tensor) for name, entry in live.items() if entry.tensor is not None and name in saved.entries}
+    return [name for name, entry in live.items() if name in saved.entries or id(entry.tensor) not in filled]
 
 
 def _extra(owner: nn.Module, give: Give) -> Give:

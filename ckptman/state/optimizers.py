@@ -41,7 +41,10 @@ class Group(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class OptimizerState(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """``kind``: the optimizer's class, for people. ``state``: member → its state. ``other``: state of no parameter."""
+    """
+    ``kind``: the optimizer's class, for people; empty where an import could not know it. ``state``: member → its
+    state. ``other``: state of no parameter.
+    """
 
     kind: str
     groups: list[Group]
@@ -128,7 +131,7 @@ def prepare(optimizer: Optimizer, stored: Stored, filling: Filling) -> None:
             f"{stored.name}: groups of parameters", live=str(len(live)), checkpoint=str(len(saved.groups))
         )
         return
-    if type(optimizer).__qualname__ != saved.kind:
+    if saved.kind and type(optimizer).__qualname__ != saved.kind:
         filling.differences.tolerable(
             f"{stored.name}: expected the state of a {type(optimizer).__qualname__}, found that of a {saved.kind}"
         )

@@ -77,7 +77,7 @@ def prepare(
         FormatError: The checkpoint's values are not as their kinds demand.
         ValueError: *only* names a component that neither side has.
     """
-    settle(state.values())
+    settle(state)
     live = {**state, RNG: snapshot()} if rng else dict(state)
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     filling = Filling(tensors, names_of_parameters(state))

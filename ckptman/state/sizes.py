@@ -9,13 +9,13 @@ import torch
 from torch.optim import Optimizer
 
 from ckptman.state import modules
-from ckptman.state.dtensor import is_sharded, local
+from ckptman.state.dtensor import is_sharded
 from ckptman.state.tensors import TieKey, is_plain, tie_key
 
 
-def expected_nbytes(state: Mapping[str, object]) -> int:
+def expected_nbytes(state: Mapping[str, object], *, ranks: int = 1) -> int:
     """
-    Bytes of the tensors of modules, optimizers and tensor components; tied ones count once.
+    Bytes of the tensors of modules, optimizers and tensor components; tied ones count once. Of several ranks: a share.
 
     A forecast: an optimizer that has not stepped yet is taken to keep, for each parameter, as many moments as its
     settings suggest (Adam and its kin 2, with momentum 1). What other components hold is not counted. Calls nothing of
@@ -25,13 +25,11 @@ def expected_nbytes(state: Mapping[str, object]) -> int:
     forecast = 0
     for live in state.values():
         for tensor in _tensors(live):
-            if is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested:
+            if (is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested) or is_sharded(tensor):
                 tensors[tie_key(tensor)] = tensor
-            elif is_sharded(tensor):
-                tensors[tie_key(tensor)] = local(tensor)
         if isinstance(live, Optimizer):
             forecast += sum(_moments(group) for group in live.param_groups) if not live.state else 0
-    return forecast + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return (forecast + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) // ranks
 
 
 def _tensors(live: object) -> Iterator[torch.Tensor]:
@@ -49,5 +47,5 @@ def _moments(group: Mapping[str, Any]) -> int:
     count = 2 if "betas" in group else 1 if group.get("momentum") else 0
     count += bool(group.get("amsgrad"))
     parameters: list[torch.Tensor] = group["params"]
-    held = [local(parameter) for parameter in parameters if parameter.requires_grad]
-    return count * sum(part.numel() * part.element_size() for part in held if type(part) is torch.Tensor)
+    known = (p for p in parameters if p.requires_grad and (is_plain(p) or is_sharded(p)))
+    return count * sum(parameter.numel() * parameter.element_size() for parameter in known)

@@ -143,8 +143,7 @@ def without_traceback(error: Exception) -> Exception:
     """
     *error*, and what it was raised from, without the frames that it came through.
 
-    Their variables hold credentials, which some reporters of errors show. And CPython 3.11 crashes in a forked child
-    (a loader's worker) that collects frames of another thread, such as those of the event loop.
+    Their variables hold credentials, which some reporters of errors show.
     """
     for one in chain(error):
         one.__traceback__ = None

@@ -9,11 +9,14 @@ refused for writing, unless its user says that there is one writer only.
 the first one and is refused; on S3 the nonce of what is there then tells whether it is ours (s3.py), elsewhere callers
 of ``create`` compare nonces of their own, as they must for any answer that was lost.
 
-*Forks.* A filesystem object does not survive one, so every process makes its own.
+*Forks.* A filesystem object does not survive one, so every process makes its own. And a child (a loader's worker) never
+collects what it inherited: frames of the event loop's thread may be among it, which the child does not have, and
+CPython 3.11 crashes where it visits them.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -43,6 +46,10 @@ _S3 = frozenset({"s3", "s3a"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 _READ_ONLY = frozenset({"http", "https", "data", "github", "git", "zip", "tar"})
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def check_protocol(url: str) -> None:

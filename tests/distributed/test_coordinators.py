@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from fleet import run
 
+from ckptman import coordinator
 from ckptman.coordinator import Coordinator, RankLost, Solo, TorchCoordinator, current
 
 SILENCE_S = 3.0
@@ -58,7 +60,7 @@ def _lose(rank: int, victim: int, method: str, end: str) -> dict[str, Any]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if end == "close":
                 ranks.close()
-                time.sleep(5)
+                time.sleep(2.5)  # alive, so that its silence tells nothing
                 return {}
             raise AssertionError(end)
         began = time.monotonic()
@@ -80,8 +82,7 @@ def _lose(rank: int, victim: int, method: str, end: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("method", ["gather", "broadcast", "agree"])
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize(("victim", "method"), [(0, "broadcast"), (2, "gather"), (2, "agree")])
 def test_a_killed_rank_is_named_on_all_others(tmp_path: Path, victim: int, method: str) -> None:
     """Within 30 s, the same text on all; the next try fails faster."""
     found = [one for one in run(tmp_path, 4, _lose, victim, method, "kill") if one is not None]
@@ -100,7 +101,48 @@ def test_a_rank_that_left_is_named_at_once(tmp_path: Path) -> None:
     for one in (found[0], found[2]):
         assert one["ranks"] == [1]
         assert "left" in one["text"]
-        assert one["s"] < 5
+        assert one["s"] < 2.5
+
+
+def _again(rank: int) -> list[Any]:
+    """A store that remembers a predecessor, as torchrun's does: what it said, to the letter of every key."""
+    told: list[Any] = []
+    for life in range(2):
+        coordinator._instances = itertools.count()
+        if life == 1:
+            dist.barrier()
+            time.sleep(0.3 * (rank == 0))  # the others are long there, and see their predecessor's call and go
+        ranks = TorchCoordinator()
+        told.append([value.decode() for value in ranks.agree(b"%d in life %d" % (rank, life))])
+        told.append(ranks.broadcast(b"life %d" % life if rank == 0 else None).decode())
+        ranks._life.stop()  # and no farewell
+    dist.barrier()
+    return told
+
+
+def test_a_job_that_is_restarted_in_the_same_store_hears_nothing_of_its_predecessor(tmp_path: Path) -> None:
+    for told in run(tmp_path, 3, _again):
+        assert told == [
+            [f"{rank} in life 0" for rank in range(3)], "life 0", [f"{rank} in life 1" for rank in range(3)], "life 1"
+        ]  # fmt: skip
+
+
+def _missing(rank: int) -> str:
+    told = ""
+    if rank != 2:
+        with pytest.raises(RankLost) as caught:
+            TorchCoordinator(patience_s=0.5)
+        told = str(caught.value)
+    dist.barrier()
+    return told
+
+
+def test_a_rank_that_opens_no_manager_is_named(tmp_path: Path) -> None:
+    first, second, _ = run(tmp_path, 3, _missing)
+    assert "rank 0 waited" in first
+    assert "for rank 2 of 3" in first
+    assert "rank 1 waited" in second
+    assert "for rank 0 of 3" in second
 
 
 def _interrupt(rank: int) -> list[Any]:

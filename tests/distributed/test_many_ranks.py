@@ -16,6 +16,7 @@ from fleet import run
 
 from ckptman import CheckpointManager, CheckpointNotFound, CkptmanError, LockTimeout, StateMismatch
 from ckptman.errors import StorageError
+from ckptman.pipeline.sharing import Sharing
 from ckptman.repository.repository import Repository
 from ckptman.storage.local import LocalStorage
 
@@ -69,7 +70,9 @@ def _save_own(rank: int, root: str) -> dict[str, Any]:
     state = state_of(rank)
     with CheckpointManager(root, state) as manager:
         manager.save(1, block=True)
-        manager.save(2).result()  # the same plan serves again
+        if rank == 1:  # the plan serves again, and a rank that lost it, alone, gets one anew
+            manager._sharing = Sharing(manager._ranks)
+        manager.save(2).result()
     return look(state)
 
 
@@ -151,6 +154,10 @@ def _text(call: Callable[[], object]) -> list[str]:
     return ["nothing", ""]
 
 
+def _no_memory(*_: object, **__: object) -> Any:
+    raise MemoryError("not a byte left")
+
+
 def _fail_everywhere(rank: int, root: str) -> dict[str, Any]:
     storage, state = Failing(root), state_of(rank)
     found: dict[str, Any] = {}
@@ -166,6 +173,11 @@ def _fail_everywhere(rank: int, root: str) -> dict[str, Any]:
         state["mine"]["bad"] = print if rank == 1 else 0
         found["unsupported"] = _text(lambda: manager.save(6))
         state["mine"]["bad"] = 0
+        borrow = manager._engine._borrow
+        manager._engine._borrow = _no_memory if rank == 3 else borrow
+        found["no memory, behind"] = _text(lambda: manager.save(9).result())
+        found["no memory, blocking"] = _text(lambda: manager.save(10, block=True))
+        manager._engine._borrow = borrow
         found["other steps"] = _text(lambda: manager.save(7 + rank))
         found["keep"] = manager.save(8, block=True).result().step
         found["no such step"] = _text(lambda: manager.restore(99))
@@ -188,6 +200,10 @@ def test_a_failure_on_one_rank_is_the_same_on_all_and_training_goes_on(tmp_path:
         assert text.startswith(f"saving step {step} failed, nothing was committed:")
         assert "No space left" in text
         assert "rank 2 of 4, host" in text
+    for name in ("no memory, behind", "no memory, blocking"):
+        assert first[name][0] == "SaveFailed"
+        assert "not a byte left" in first[name][1]
+        assert "rank 3 of 4" in first[name][1]
     assert first["unsupported"][0] == "UnsupportedState"
     assert "mine['bad']" in first["unsupported"][1]
     assert "rank 1 of 4" in first["unsupported"][1]

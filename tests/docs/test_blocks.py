@@ -20,6 +20,7 @@ BLOCKS = {
     "README.md": 2,
     "docs/tutorial/first-run.md": 2,
     "docs/how-to/many-ranks.md": 1,
+    "docs/how-to/clusters.md": 2,
     "docs/how-to/resume.md": 6,
     "docs/how-to/retention.md": 3,
     "docs/how-to/recover-from-damage.md": 5,
@@ -28,6 +29,7 @@ BLOCKS = {
     "docs/how-to/accelerate.md": 1,
     "docs/how-to/ignite.md": 1,
     "docs/how-to/torchtitan.md": 1,
+    "docs/how-to/convert.md": 1,
     "docs/reference/api.md": 2,
     "docs/reference/format.md": 1,
 }

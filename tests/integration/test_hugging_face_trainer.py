@@ -88,7 +88,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(name: str, scratch: Path
     assert not any(path.name.startswith("checkpoint-") for path in (scratch / "output").glob("*"))
 
 
-MOMENTS = 12
+MOMENTS = 8
 
 
 @pytest.mark.timeout(240)
@@ -116,8 +116,8 @@ def test_a_run_that_was_killed_at_any_moment_of_a_save_ends_as_one_that_was_not(
             assert resumed["began"] == (before[-1].step if before else 0)
         assert [one.step for one in listed(root)] == [5, 6]
     print(f"{len(began)} kills in mid-save, resumed from steps {sorted(set(began))}, 0 differences")
-    assert len(began) >= MOMENTS - 3, "a count differs a little from run to run, since training goes on beside it"
-    assert len(set(began)) > 3
+    assert len(began) >= MOMENTS - 2, "a count differs a little from run to run, since training goes on beside it"
+    assert len(set(began)) > 2
 
 
 def _calls(job: Job, root: Path, system: FaultySystem, rule: Any) -> int:

@@ -9,19 +9,17 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from accidents import in_child
 from click.testing import CliRunner
 from s3_server import ACCESS, BUCKET, SECRET, Proxy, S3Server, proxy_to
 
-from ckptman import CheckpointManager, LockTimeout, StorageError
+from ckptman import CheckpointManager, StorageError
 from ckptman.cli._group import ckptman
-from ckptman.repository.ownership import take
 from ckptman.storage.base import KeyExists
 from ckptman.storage.object import ObjectStorage
 from ckptman.storage.retry import Retry
@@ -51,28 +49,6 @@ def test_a_manager_saves_and_restores(s3_server: S3Server) -> None:
     assert restored is not None
     assert restored.step == 3
     assert torch.equal(found, weight)
-
-
-def test_a_second_process_waits_for_the_first(s3_server: S3Server) -> None:
-    """Another process holds the lease: LockTimeout says who; a process that ends in good order frees it."""
-    storage = s3_server.storage()
-    with CheckpointManager(storage, {"w": torch.ones(1)}) as manager:
-        manager.save(1, block=True)
-
-        def act(tell: Callable[[str], None]) -> None:
-            try:
-                take(s3_server.storage(storage.url), timeout_s=0)
-            except LockTimeout as error:
-                tell(str(error.pid))
-
-        assert in_child(act).told == [str(os.getpid())]
-    program = f"""
-from ckptman.repository.ownership import take
-from ckptman.storage.opening import open_storage
-owner = take(open_storage({storage.url!r}, storage_options={s3_server.options!r}), timeout_s=0)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
-    take(s3_server.storage(storage.url), timeout_s=0).release()
 
 
 def test_a_large_object_goes_in_parts(s3_server: S3Server, proxy: Proxy) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import pytest
 import s3_server as server_module
 import torch
-from s3_server import AT_ONCE, S3Server
+from s3_server import S3Server
 
 from ckptman import CheckpointManager, Mirror, keep
 from ckptman.doctor import costs, exclusion
@@ -19,7 +18,6 @@ from ckptman.repository.repository import Repository
 from ckptman.repository.verify import verify
 from ckptman.storage.base import NewFile, Storage
 from ckptman.storage.local import LocalStorage
-from ckptman.storage.object import ObjectStorage
 from ckptman.testing.faults import Killed
 
 
@@ -66,18 +64,21 @@ def test_there_and_back_again(source: Storage, s3_server: S3Server, tmp_path: Pa
         assert [(e.metrics, e.tags) for e in entries(storage)] == [(e.metrics, e.tags) for e in entries(source)]
 
 
-def test_a_copying_that_was_cut_short_goes_on(source: Storage, s3_server: S3Server) -> None:
+def test_a_copying_that_was_cut_short_goes_on(
+    source: Storage, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file whose upload was completed is not sent again, though nothing came after it."""
-
-    class Dying(ObjectStorage):
-        def open_new(self, key: str) -> NewFile:  # type: ignore[override]
-            if key.endswith("/x.safetensors"):
-                raise Killed
-            return super().open_new(key)
-
     root = s3_server.new_root()
-    client = functools.partial(server_module._client, s3_server.port)
-    copying = begin(source, Dying(root, filesystem=client, retry=AT_ONCE), timeout_s=60)
+    dying = s3_server.storage(root)
+    open_new = dying.open_new
+
+    def die(key: str) -> NewFile:
+        if key.endswith("/x.safetensors"):
+            raise Killed
+        return open_new(key)
+
+    monkeypatch.setattr(dying, "open_new", die)
+    copying = begin(source, dying, timeout_s=60)
     with pytest.raises(Killed):
         copying.copy(entries(source)[0], entries(source))
     copying.release()

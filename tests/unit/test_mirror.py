@@ -175,6 +175,31 @@ def test_the_newest_is_there_when_close_returns(tmp_path: Path) -> None:
     assert steps(mirror)[-1] == 5
 
 
+def test_what_is_committed_while_the_mirror_is_looked_at_is_there_too(tmp_path: Path) -> None:
+    """The mirror is slow: its thread read the root before the commit, and the manager closes before it answers."""
+
+    class Slow(Flaky):
+        def listing(self, folder):  # type: ignore[no-untyped-def]
+            self.at_gate.set()
+            assert self.gate.wait(WAIT_S)
+            return super().listing(folder)
+
+    mirror = Slow()
+    mirror.gate.clear()
+    run = Run(tmp_path, mirror)
+    with pytest.raises(CheckpointNotFound):
+        run.manager.tag(7, "none")  # becomes the writer, and commits nothing more
+    assert mirror.at_gate.wait(WAIT_S)
+    run.save(1)
+    closing = threading.Thread(target=run.manager.close)
+    closing.start()
+    while not run.manager._mirroring._is_closing:  # type: ignore[union-attr]
+        closing.join(0.01)
+    mirror.gate.set()
+    closing.join(WAIT_S)
+    assert steps(mirror) == [1]
+
+
 def test_each_has_its_own_keep(tmp_path: Path) -> None:
     """The root drops what the mirror keeps, and the other way round."""
     mirror, other = MemoryStorage(), MemoryStorage()

@@ -40,6 +40,10 @@ class Ranks:
         """What each rank has to say, by rank."""
         return self._coordinator.agree(mine)
 
+    def of_first(self, mine: bytes) -> bytes:
+        """What the first rank has to say. It waits for nobody, so this may be asked in every step."""
+        return self._coordinator.broadcast(mine if self.is_first else None)
+
     def part(self) -> None:
         """Let the first rank go on only when all have heard what it said last: they may hear it through its process."""
         self._coordinator.gather(b"")

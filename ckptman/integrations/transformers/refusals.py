@@ -18,8 +18,8 @@ def refuse_arguments(args: TrainingArguments) -> None:
         "elsewhere: use hub_strategy='end' and trainer.push_to_hub() after training"
         if args.push_to_hub and args.hub_strategy != HubStrategy.END
         else "",
-        "enable_jit_checkpoint saves on a signal into the output directory, past ckptman: leave it out, the newest "
-        "checkpoint is resumed after any kind of end"
+        "enable_jit_checkpoint saves on a signal into the output directory, past ckptman: leave it out, ckptman saves "
+        "on SIGTERM itself"
         if getattr(args, "enable_jit_checkpoint", False)
         else "",
         "save_only_model leaves out what a resumed run needs: leave it out, or use save_strategy='no' and "

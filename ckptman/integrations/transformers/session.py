@@ -13,12 +13,14 @@ import torch
 from transformers import Trainer
 
 from ckptman.coordinator import Solo
+from ckptman.errors import Preempted
 from ckptman.format.values import from_json, to_json
 from ckptman.integrations.transformers.choosing import BEST, Resume, choose
 from ckptman.integrations.transformers.parts import Held, metrics_of, rank_values, trainer_values
 from ckptman.integrations.transformers.ranks import Ranks
 from ckptman.manager import CheckpointManager
 from ckptman.pipeline.budget import Limits
+from ckptman.preemption import Notices
 from ckptman.repository.keep import Keep
 from ckptman.storage.base import Storage
 
@@ -49,6 +51,8 @@ class Session:
         self._manager: CheckpointManager | None = None
         self._own = Held(dict)
         self._said: list[dict[str, Any]] = []  # by each rank, for the save that is being made
+        self._notices = Notices()
+        self._notice = ""  # of the end of this process, agreed on by all ranks
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.directory: str | None = None
         self.best_step: int | None = None
@@ -154,11 +158,21 @@ class Session:
 
     # ------------------------------------------------------------------ saving, and the best model
 
+    def listen(self) -> None:
+        """Take SIGTERM and SIGUSR1 for notices from now on."""
+        self._notices.install()
+
+    def is_preempted(self) -> bool:
+        """Whether the first rank has got a notice: schedulers send it to all ranks, at slightly different steps."""
+        self._notice = self._notice or self._ranks.of_first((self._notices.received or "").encode()).decode()
+        return bool(self._notice)
+
     def save(self, trainer: Trainer) -> None:
         """
         Save the live state as the step that it is at. Returns once it is staged.
 
         Raises:
+            Preempted: A notice had arrived, and the checkpoint is committed.
             UnsupportedState, SaveFailed, LockError, CommitUnknown: As ``CheckpointManager.save``, on all ranks.
         """
         state = trainer.state
@@ -171,9 +185,20 @@ class Session:
         def save() -> None:
             assert self._manager is not None
             self._said = [cast(dict[str, Any], from_json(one)) for one in said]
-            self._manager.save(state.global_step, metrics=metrics_of(state), tags=(BEST,) if is_best else ())
+            self._manager.save(
+                state.global_step,
+                metrics=metrics_of(state),
+                tags=(BEST,) if is_best else (),
+                block=bool(self._notice),
+            )
 
         self._ranks.together(save if self._ranks.is_first else _nothing)
+        if self._notice:
+            self._ranks.part()
+            raise Preempted(
+                f"{self._notice} arrived; step {state.global_step} is saved in {self._storage.url}",
+                step=state.global_step,
+            )
 
     def name_of_best(self) -> str | None:
         """What stands for the best checkpoint in ``TrainerState.best_model_checkpoint``: no path, but for people."""
@@ -211,6 +236,7 @@ class Session:
             self._leave()
 
     def _leave(self) -> None:
+        self._notices.uninstall()
         self._ranks.close()
         if self._folder is not None:
             self._folder.cleanup()

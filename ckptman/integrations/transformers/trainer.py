@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from ckptman.errors import IntegrityError
@@ -90,7 +90,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         self._ckptman_session: Session | None = None
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
-        self.add_callback(_Beginning(self))
+        self.add_callback(_Watching(self))
 
     def train(
         self,
@@ -105,6 +105,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             CheckpointNotFound: There is none such.
             IntegrityError: All checkpoints are damaged, or the directory of a plain Trainer is incomplete.
             StateMismatch: The checkpoint is one of another model, optimizer or schedule. No tensor was touched.
+            Preempted: SIGTERM or SIGUSR1 had arrived, and the step is saved. A ``SystemExit`` with code 75.
             SaveFailed, Fenced, LockTimeout, CommitUnknown: From a save, as ``CheckpointManager.save``.
         """
         resume, directory = self._ckptman_wanted(resume_from_checkpoint)
@@ -148,12 +149,19 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             return
         if not session.is_open:
             session.open(self)
+        session.listen()
         own = session.of_this_rank()
         if own is not None:
             put_back_loss(self, own)
             put_back_streams(own)  # the Trainer asks for them later, but not where no step is left to train
         if session.best_step is not None:
             self.state.best_model_checkpoint = session.name_of_best()
+
+    def _ckptman_on_step_end(self, control: TrainerControl) -> None:
+        """A step is done, and is about to be logged, evaluated and saved."""
+        session = self._ckptman_session
+        if session is not None and session.is_preempted():
+            control.should_save = True
 
     # ------------------------------------------------------------------ what the Trainer asks of itself
 
@@ -209,14 +217,17 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             session.restore_best()
 
 
-class _Beginning(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Tells the trainer that training begins: there is no other place to learn it."""
+class _Watching(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Tells the trainer that training begins, and that a step is done: there is no other place to learn it."""
 
     def __init__(self, trainer: CkptmanMixin) -> None:
         self._trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._trainer._ckptman_on_train_begin()
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._ckptman_on_step_end(control)
 
 
 class CkptmanTrainer(CkptmanMixin, Trainer):  # type: ignore[misc]

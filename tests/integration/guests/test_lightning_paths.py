@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from s3_server import S3Server
 from torch.utils.data import DataLoader, TensorDataset
 
 from ckptman import CheckpointManager, DamagedCheckpointWarning, UnsupportedState
@@ -177,6 +178,19 @@ def test_a_strategy_that_writes_its_own_way_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(MisconfigurationException, match="Sharded, which writes checkpoints its own way"):
         fit([CkptmanCheckpoint(tmp_path)], strategy=Sharded("cpu"))
+
+
+def test_a_root_may_be_in_an_object_store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL as dirpath, with the credentials in the environment, where Lightning too looks for them."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", str(s3_server.options["key"]))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", str(s3_server.options["secret"]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", str(s3_server.options["endpoint_url"]))
+    root = s3_server.new_root()
+    _, whole = fit([CkptmanCheckpoint(f"{root}-whole")])
+    fit([CkptmanCheckpoint(root)], epochs=1)
+    trainer, resumed = fit([CkptmanCheckpoint(root)], ckpt_path="last")
+    assert same(weights(resumed), weights(whole))
+    assert trainer.ckpt_path == resume_path(root) == f"{root}/ckptman.json"
 
 
 def test_fabric_saves_and_loads(tmp_path: Path) -> None:

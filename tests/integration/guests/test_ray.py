@@ -42,7 +42,7 @@ def test_a_pointer_is_followed(tmp_path: Path) -> None:
         pointer_of(second)
 
 
-@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_worker_goes_on_bit_identical(tmp_path: Path) -> None:
     """Ray restarts the worker that died of SIGKILL, and weights, moments, streams and losses end as without it."""

@@ -14,6 +14,6 @@ COMPONENTS = [
 @pytest.mark.timeout(300)
 def test_a_killed_run_ends_bit_identical(tmp_path: Path) -> None:
     """Two model parts with an optimizer and a schedule each, a loader in mid-epoch, and the trainer's own state."""
-    control, killed = kill_and_resume("torchtitan_style_run.py", tmp_path, [41, 96])
+    control, killed = kill_and_resume("torchtitan_style_run.py", tmp_path, [41])
     assert contents(control, COMPONENTS)["step"] == 40
-    assert differing(control, killed, COMPONENTS) == {41: [], 96: []}
+    assert differing(control, killed, COMPONENTS) == {41: []}

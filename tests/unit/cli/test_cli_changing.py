@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 from cli_roots import Run, everything, flip, one_of, unfinished
 
 from ckptman import CheckpointManager
@@ -248,3 +249,18 @@ def test_a_manager_goes_on_after_the_command_line(run: Run, root: Path) -> None:
         manager.save(40, block=True)
     assert steps(run, root) == [10, 20, 30, 40]
     assert run("verify", root).code == 0
+
+
+def test_gc_leaves_a_lender_alone(run: Run, tmp_path: Path) -> None:
+    """The folder of a dropped checkpoint whose file is still lent is no unfinished save."""
+    root = tmp_path / "root"
+    state = {"frozen": torch.rand(1 << 20), "x": torch.zeros(1)}
+    with CheckpointManager(root, state) as manager:
+        manager.save(1, block=True)
+        manager.save(2, block=True)
+        manager.delete(1)
+    assert (root / "writer.lock").exists()
+    assert len(list(root.glob("step-*"))) == 2, "the file of step 1 is lent to step 2"
+    before = everything(root)
+    assert run("gc", root, "--yes").err == "nothing to free\n"
+    assert everything(root) == before

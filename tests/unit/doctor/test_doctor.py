@@ -35,6 +35,8 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "PIECE_NBYTES", 1 << 20)
     monkeypatch.setattr(exclusion, "STALE_S", 0.2)
     monkeypatch.setattr(exclusion, "LISTINGS", 2)
+    monkeypatch.setattr(exclusion, "RACERS", 2)
+    monkeypatch.setattr(exclusion, "ROUNDS", 20)
 
 
 def findings(storage: LocalStorage | MemoryStorage, root: object = None) -> dict[str, Finding]:
@@ -56,7 +58,7 @@ def test_a_sound_directory_passes(tmp_path: Path) -> None:
     found = findings(LocalStorage(tmp_path / "a" / "b"))
     assert {name: found[name].verdict for name in ALWAYS_OK} == dict.fromkeys(ALWAYS_OK, "ok")
     assert found.keys() == {*ALWAYS_OK, "durability", "free space"}
-    assert found["create-only race"].figures == {"keys": 60, "racers": 3, "double_wins": 0, "lost": 0}
+    assert found["create-only race"].figures == {"keys": 20, "racers": 2, "double_wins": 0, "lost": 0}
     assert found["requests"].figures.keys() == {"put_s", "get_s", "list_s", "delete_s"}
     assert all(seconds > 0 for seconds in found["requests"].figures.values())
     assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,7 @@ def _fsdp(tensors: int, ranks: int) -> list[list[Held]]:
 
 def _seconds(items: list[list[Held]]) -> float:
     best = math.inf
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         assign(items)
         best = min(best, time.perf_counter() - began)
@@ -99,9 +99,9 @@ def _seconds(items: list[list[Held]]) -> float:
 
 def test_planning_five_thousand_tensors_on_64_ranks_takes_no_second() -> None:
     """And grows with the number of boxes, not with its square. (Bounds with room for a busy machine.)"""
-    half, whole = _seconds(_fsdp(2500, 64)), _seconds(_fsdp(5000, 64))
+    quarter, whole = _seconds(_fsdp(1250, 64)), _seconds(_fsdp(5000, 64))
     replicated = _seconds([[held(f"t{i}", 8) for i in range(5000)] for _ in range(64)])
     assert whole < 2, f"{whole:.2f} s"
     assert replicated < 2, f"{replicated:.2f} s"
-    assert whole < 4 * half + 0.1
+    assert whole < 10 * quarter + 0.2
     print(f"planning 5,000 tensors x 64 ranks: sharded {whole:.2f} s, replicated {replicated:.2f} s")

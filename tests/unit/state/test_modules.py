@@ -140,6 +140,16 @@ def _first(saved: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(saved.data["model/a.weight"]), dtype=torch.float32).reshape(2, 2)
 
 
+def test_a_name_that_is_tied_to_a_saved_one_is_not_missing() -> None:
+    """Files of others have a tied weight once. The live model says which names are one; any other is missed."""
+    saved = save({"model": scrambled(nn.ModuleDict({"a": nn.Linear(2, 2, bias=False)}))})
+    model = Tied(tied=True)
+    load({"model": model}, saved)
+    assert frozen(model.b.weight) == frozen(torch.empty(2, 2).copy_(_first(saved)))
+    with pytest.raises(StateMismatch, match=r"b\.weight"):
+        load({"model": Tied(tied=False)}, saved)
+
+
 def test_untied_weights_do_not_fit_a_tied_model() -> None:
     """Two different tensors cannot go into one: refused; two equal ones can."""
     model = Tied(tied=False)

@@ -1,0 +1,61 @@
+"""``import`` and ``export`` on the command line: documents, exit codes, and what is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_roots import Run, everything
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    torch.save({"model": {"w": torch.ones(2, 3)}, "epoch": 4}, tmp_path / "in.pt")
+    return tmp_path / "in.pt"
+
+
+def test_import_and_export(run: Run, source: Path, tmp_path: Path) -> None:
+    """What goes in comes out; both commands give documents."""
+    root, out = tmp_path / "new", tmp_path / "out.pt"
+    document = run("import", root, source, "--step", 7, "--json").document
+    assert (document["step"], document["nbytes"]) == (7, 24)
+    assert document["components"] == {"model": "module", "epoch": "value"}
+    assert document["left_out"] == []
+    assert run("latest", root, "--json").document["step"] == 7
+    document = run("export", root, "latest", out, "--to", "torch", "--json").document
+    assert (document["step"], document["path"], document["nbytes"]) == (7, str(out), out.stat().st_size)
+    assert torch.load(out, weights_only=True)["epoch"] == 4
+    ran = run("export", root, 7, tmp_path / "w.safetensors", "--to", "safetensors", "--component", "model")
+    assert ran.code == 0
+    assert ran.out.startswith("exported step 7 to ")
+    assert "imported a file of torch.save as step 8" in run("import", root, source, "--step", 8).out
+
+
+def test_failures_have_their_exit_codes(run: Run, root: Path, source: Path, tmp_path: Path) -> None:
+    """A bomb exits 1 and is named, damage 4, a missing step 3, wrong words 2; and the root stays as it was."""
+    before = everything(root)
+    torch.save({"x": Path("a")}, tmp_path / "bomb.pt")
+    (tmp_path / "cut.pt").write_bytes(source.read_bytes()[:-40])
+    failure = run("import", root, tmp_path / "bomb.pt", "--step", 1, "--json").failure
+    assert (failure["error"], failure["exit_code"]) == ("UnsupportedState", 1)
+    assert "pathlib" in failure["message"]
+    assert run("import", root, tmp_path / "cut.pt", "--step", 1).code == 4
+    assert run("import", root, source).code == 1
+    assert run("import", root, source, "--step", 10).code == 1  # exists
+    assert run("import", root, source, "--step", 1, "--as", "model").code == 2
+    assert run("import", root, tmp_path / "none", "--step", 1).code == 2
+    assert run("export", root, 99, tmp_path / "out", "--to", "torch").code == 3
+    assert run("export", root, 10, tmp_path / "out", "--to", "nothing").code == 2
+    assert run("export", root, 10, source, "--to", "torch").code == 1  # exists
+    assert everything(root) == before
+
+
+def test_a_live_writer_is_waited_for(run: Run, held: Path, source: Path) -> None:
+    """Another process holds the lock: exit 5."""
+    assert run("import", held, source, "--step", 1, "--lock-timeout", 0.1).code == 5
+
+
+def test_damage_exits_4_and_leaves_no_file(run: Run, damaged: Path, tmp_path: Path) -> None:
+    """An export reads every byte; what it finds damaged it does not write."""
+    ran = run("export", damaged, 20, tmp_path / "out.safetensors", "--to", "safetensors")
+    assert ran.code == 4
+    assert not (tmp_path / "out.safetensors").exists()
