@@ -15,7 +15,8 @@ pytest.importorskip("peft")
 from hugging_face_job import Job, gpt, listed, lora
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, Trainer
 
-from ckptman import keep
+from ckptman import CheckpointManager, keep
+from ckptman.convert import export_checkpoint
 from ckptman.integrations.transformers import CkptmanMixin, CkptmanSeq2SeqTrainer
 from ckptman.storage.local import LocalStorage
 from ckptman.testing.faults import FaultySystem, sigkill
@@ -86,6 +87,17 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(name: str, scratch: Path
     if name in ("plain", "best model"):
         assert job.finish(root)["equal"] == whole["equal"], "a run that has ended trains no further"
     assert not any(path.name.startswith("checkpoint-") for path in (scratch / "output").glob("*"))
+
+
+def test_a_checkpoint_becomes_a_directory_that_from_pretrained_loads(scratch: Path) -> None:
+    """The Trainer's checkpoints hold the model's configuration too: nothing else is needed."""
+    Job(output=str(scratch / "output")).finish(scratch / "root")
+    export_checkpoint(scratch / "root", "latest", scratch / "exported", to="hf")
+    model = type(gpt()).from_pretrained(scratch / "exported")
+    live = gpt()
+    CheckpointManager(scratch / "root", {"model": live}, rng=False).restore(only=["model"])
+    for (name, one), other in zip(live.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
 
 
 MOMENTS = 8

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import torch
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from ckptman.errors import UnsupportedState
@@ -69,6 +69,16 @@ def rank_values(trainer: Trainer) -> dict[str, Any]:
         "loss": 0.0 if loss is None else loss.item(),
         "logged_at": getattr(trainer, "_globalstep_last_logged", trainer.state.global_step),
     }
+
+
+def configs(model: object) -> dict[str, Any]:
+    """What an export writes beside the weights of *model*, so that ``from_pretrained`` loads it, if it could at all."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    found = {"config.json": json.loads(model.config.to_json_string())}
+    if model.can_generate() and model.generation_config is not None:
+        found["generation_config.json"] = json.loads(model.generation_config.to_json_string())
+    return found
 
 
 def put_back_streams(values: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from ckptman.coordinator import Solo
 from ckptman.errors import Preempted
 from ckptman.format.values import from_json, to_json
 from ckptman.integrations.transformers.choosing import BEST, Resume, choose
-from ckptman.integrations.transformers.parts import Held, metrics_of, rank_values, trainer_values
+from ckptman.integrations.transformers.parts import Held, configs, metrics_of, rank_values, trainer_values
 from ckptman.integrations.transformers.ranks import Ranks
 from ckptman.manager import CheckpointManager
 from ckptman.pipeline.budget import Limits
@@ -92,6 +92,7 @@ class Session:
             "scheduler": trainer.lr_scheduler,
             "trainer": Held(lambda: {"state": trainer_values(trainer), "best_step": self.best_step}),
             "ranks": self._own,
+            "config": configs(trainer.model),
         }
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None:
