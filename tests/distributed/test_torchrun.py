@@ -35,7 +35,8 @@ def test_a_job_of_torchrun_saves_and_restores(tmp_path: Path) -> None:
 
 def test_a_job_that_torchrun_starts_again_goes_on_where_it_was(tmp_path: Path) -> None:
     """
-    A rank is killed in the middle of a save: the survivor leaves in time, and the second life ends with the same bits.
+    A rank is killed in the middle of a save: the survivor, which gets SIGTERM, leaves in time; the second life ends
+    with the same bits.
 
     The variable is what clusters.md asks for: without it torch 2.13's own groups often do not come up again.
     """
