@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_killed_ranks import Deadly
+from deadly_storage import Deadly
 
 from ckptman import CheckpointManager, Every
 from ckptman.coordinator import TorchCoordinator

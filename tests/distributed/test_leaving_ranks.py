@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from deadly_storage import Deadly
 from fleet import free_port, run
-from test_killed_ranks import Deadly
 
 from ckptman import CheckpointManager
 from ckptman.coordination.torch_board import PrefixStore, lives_in_rank_0
