@@ -26,7 +26,7 @@ def _late(rank: int) -> list[Any]:
     ranks = TorchCoordinator()
     ranks.agree(b"all here")
     if rank:
-        time.sleep(1.0)  # rank 0 is long at its end
+        time.sleep(1.5)  # rank 0 is long at its end
     told = ranks.broadcast(b"the last word" if rank == 0 else None).decode()
     began = time.monotonic()
     ranks.close()
@@ -34,15 +34,15 @@ def _late(rank: int) -> list[Any]:
 
 
 def test_rank_0_stays_with_its_store_until_the_others_have_left(tmp_path: Path) -> None:
-    """What it said last is read by ranks that come a second later, though its process ends right after its close."""
+    """What it said last is read by ranks that come later, though its process ends right after its close."""
     found = run(tmp_path, 3, _late, tcp=True)
     assert [told for told, _ in found] == ["the last word"] * 3
-    assert 0.8 < found[0][1] < FAREWELL_S
-    assert max(seconds for _, seconds in found[1:]) < 0.8
+    assert 1.0 < found[0][1] < FAREWELL_S
+    assert max(seconds for _, seconds in found[1:]) < 1.0
 
 
 def test_rank_0_stays_for_nobody_where_the_store_outlives_it(tmp_path: Path) -> None:
-    assert max(seconds for _, seconds in run(tmp_path, 3, _late)) < 0.8
+    assert max(seconds for _, seconds in run(tmp_path, 3, _late)) < 1.0
 
 
 def _never_leaves(rank: int) -> float:
@@ -60,13 +60,13 @@ def test_rank_0_does_not_stay_for_ever(tmp_path: Path) -> None:
     assert FAREWELL_S <= first < FAREWELL_S + 3
 
 
-def test_a_job_without_torchrun_ends_well_though_nobody_closes(tmp_path: Path) -> None:
-    """Rank 0's interpreter ends right after its last save, while rank 1 has not yet read that it was committed."""
+def test_a_job_without_torchrun_ends_well_though_nobody_closes() -> None:
+    """Rank 0 has said its last word, and its interpreter ends, while rank 1 has yet to ask for it."""
     port = str(free_port())
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     children = [
         subprocess.Popen(
-            [sys.executable, str(JOB), str(tmp_path / "root")],
+            [sys.executable, str(JOB)],
             env={**os.environ, **place, "RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
