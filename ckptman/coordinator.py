@@ -155,7 +155,7 @@ class TorchCoordinator(Hub):
 
     Without torchrun, the store usually lives in the process of rank 0, and the others can ask it nothing once that has
     ended. So there, ``close`` on rank 0 returns when all others have closed theirs, after `FAREWELL_S` at the latest.
-    A rank 0 that never closes does so at the end of its interpreter.
+    Who never closes does so at the end of the interpreter.
 
     Args:
         silence_s: How long a rank may be silent before it counts as lost. It beats from a thread, so it is silent only
@@ -185,8 +185,9 @@ class TorchCoordinator(Hub):
         super().__init__(board, life, rank=rank, world_size=dist.get_world_size(), name="main", patience_s=patience_s)
         board.pin(host_key(rank), self.host.encode())
         life.start()
-        self._keeps_store = rank == 0 and lives_in_rank_0(store)
-        if self._keeps_store:
+        is_mortal = lives_in_rank_0(store)
+        self._keeps_store = is_mortal and rank == 0
+        if is_mortal:
             atexit.register(self.close)
 
     def close(self) -> None:
