@@ -10,7 +10,7 @@ The house, from the ground up; a module imports only from floors below its own:
     3  rules      repository/                  what exists, and who may change it
     2  meaning    format/                      what bytes mean (pure)
     1  ground     storage/                     bytes by key
-    0  words      errors.py · events.py · types.py
+    0  words      errors.py · events.py · types.py · warning.py
 
 This module is the door. It imports nothing until a name is asked for, so that ``ckptman ls`` need not wait for torch.
 """
