@@ -12,7 +12,7 @@ The house, from the ground up; a module imports only from floors below its own:
                   | coordination/              how ranks talk
     2  meaning    format/                      what bytes mean (pure)
     1  ground     storage/                     bytes by key
-    0  words      events.py, above types.py | errors.py
+    0  words      events.py, above types.py | errors.py | warning.py
 
 This module is the door. It imports nothing until a name is asked for, so that ``ckptman ls`` need not wait for torch.
 """

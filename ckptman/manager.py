@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -64,6 +63,7 @@ from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 from ckptman.types import Checkpoint, Skipped
+from ckptman.warning import warn
 
 _log = logging.getLogger("ckptman")
 
@@ -423,10 +423,9 @@ class CheckpointManager:
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:
-        warnings.warn(
+        warn(
             f"step {step} of {self.root} is damaged and was passed over for an older one, or a copy: {reason}",
             DamagedCheckpointWarning,
-            stacklevel=5,
         )
         self._emit(Damaged(root=self.root, step=step, reason=reason))
         return Skipped(step=step, reason=reason)
