@@ -416,7 +416,7 @@ class CheckpointManager:
             checkpoint = self._recall(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
-            _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
+            _log.info("restored step %d from %s in %.2f s", checkpoint.step, checkpoint.url, duration_s)
             self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
 
