@@ -205,7 +205,7 @@ class Hub:
         else:
             reason = _Reason(message=str(lost), ranks=lost.ranks, hosts=lost.hosts, waited_s=lost.waited_s)
         try:
-            told = self._board.pin_first(self._broken(), msgspec.json.encode(reason))
+            told = self._board.pin_first(self._broken(), _encoded(reason))
         except StorageError:
             return lost if isinstance(lost, RankLost) else None
         return _error(told) if isinstance(lost, RankLost) else None
@@ -276,6 +276,12 @@ class Hub:
 def host_key(rank: int) -> str:
     """Where *rank* says on which host it is."""
     return f"host.{rank}"
+
+
+def _encoded(reason: _Reason) -> bytes:
+    """The names of files, which errors quote, may hold what UTF-8 has not."""
+    message = reason.message.encode("utf-8", "backslashreplace").decode()
+    return msgspec.json.encode(msgspec.structs.replace(reason, message=message))
 
 
 def _error(told: bytes) -> RankLost:

@@ -9,7 +9,6 @@ dict together again. Values outside of the closed typed encoding are refused wit
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
@@ -32,6 +31,7 @@ from ckptman.state.stored import Stored
 from ckptman.state.trees import give_tree
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
+from ckptman.warning import warn
 
 DOCUMENT = "document"
 
@@ -199,10 +199,9 @@ def read(root: str | Storage, which: Which = "latest") -> tuple[Entry, dict[Any,
             return entry, _read(storage, repository, entry)
         except IntegrityError as error:
             faults.append(f"step {entry.step}: {error}")
-            warnings.warn(
+            warn(
                 f"step {entry.step} of {storage.url} is damaged and was passed over for an older one: {error}",
                 DamagedCheckpointWarning,
-                stacklevel=2,
             )
     if faults:
         raise IntegrityError(f"all {len(faults)} checkpoints of {storage.url} are damaged: {'; '.join(faults)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from ckptman.errors import FormatError
 from ckptman.state.rng import GlobalStreams, put_back, snapshot
+from ckptman.warning import warn
 
 Gather = Callable[[dict[str, Any]], Sequence[dict[str, Any]]]
 """Collects one object of every rank, in the order of ranks."""
@@ -41,11 +41,9 @@ def continue_from(saved: Sequence[dict[str, Any]], *, rank: int, world_size: int
     if len(states) == world_size:
         put_back(states[rank])
         return
-    warnings.warn(
+    warn(
         f"{len(states)} ranks saved their random streams, {world_size} run now: each is seeded anew, from what was "
-        "saved and its rank",
-        UserWarning,
-        stacklevel=2,
+        "saved and its rank"
     )
     old = b"".join(state.torch.numpy().tobytes() for state in states)
     digest = hashlib.sha256(old + f"{rank}/{world_size}".encode()).digest()

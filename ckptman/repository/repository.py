@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -17,6 +16,7 @@ from ckptman.repository.keep import Mode, ranked
 from ckptman.repository.ownership import refuse_unlisted
 from ckptman.storage.base import KeyMissing, Storage
 from ckptman.types import Checkpoint
+from ckptman.warning import warn
 
 Which = int | str
 
@@ -49,11 +49,10 @@ class Repository:
         if head.record is None:
             refuse_unlisted(self.storage)
         for number in head.damaged:
-            warnings.warn(
+            warn(
                 f"catalog record {number} of {self.storage.url} is damaged and was passed over: the change that it "
                 "made is not visible until the next save or 'ckptman repair'",
                 DamagedCheckpointWarning,
-                stacklevel=3,
             )
         return head
 

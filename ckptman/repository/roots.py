@@ -14,6 +14,7 @@ from ckptman.repository.both import Placed, of_both, seen_until
 from ckptman.repository.counterparts import counterpart
 from ckptman.repository.head import Head
 from ckptman.repository.repository import Repository, Which, find
+from ckptman.warning import warn
 
 _log = logging.getLogger("ckptman")
 
@@ -106,6 +107,6 @@ class Roots:
             warnings.simplefilter("always")
             head = self.root.head(read=read)
         for one in caught:
-            warnings.warn(one.message, one.category, stacklevel=5)
+            warn(one.message, one.category)
             self.emit(Damaged(root=self.root.storage.url, step=None, reason=str(one.message)))
         return head

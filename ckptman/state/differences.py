@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 
 from ckptman.errors import StateMismatch
+from ckptman.warning import warn
 
 SHOWN = 20
 """How many differences a message spells out; ``StateMismatch.differences`` has them all."""
@@ -64,7 +64,7 @@ class Differences:
             raise StateMismatch(self._message(strict=strict), differences=self._fatal + self._tolerable)
         if self._tolerable:
             text = _listing(self._tolerable)
-            warnings.warn(f"restored with strict=False although\n{text}", UserWarning, stacklevel=4)
+            warn(f"restored with strict=False although\n{text}")
 
     def _message(self, *, strict: bool) -> str:
         everything = self._fatal + self._tolerable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 
 import torch
@@ -15,6 +14,7 @@ from ckptman.state.optimizers import names_of_parameters
 from ckptman.state.reranking import Reranking
 from ckptman.state.rng import snapshot, untouched
 from ckptman.state.stored import Stored
+from ckptman.warning import warn
 
 
 class Restoration:
@@ -94,7 +94,7 @@ def prepare(
                 filling.differences.tolerable(f"{name}: the checkpoint has this component, the live state does not")
     filling.differences.settle(strict=strict)
     for warning in filling.warnings:
-        warnings.warn(f"restoring {warning}", UserWarning, stacklevel=3)
+        warn(f"restoring {warning}")
     return Restoration(filling, is_complete=only is None and filling.differences.is_empty)
 
 

@@ -475,13 +475,17 @@ def test_an_intact_root_is_restored_from_itself(both: tuple[Path, Path]) -> None
         assert url_of(run) == root
 
 
-def test_a_wiped_root_is_restored_from_the_mirror(both: tuple[Path, Path]) -> None:
+def test_a_wiped_root_is_restored_from_the_mirror(
+    both: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """Straight from there; then training goes on in a new root, which is mirrored too."""
     root, mirror = both
     shutil.rmtree(root)
+    caplog.set_level("INFO", "ckptman")
     with Run(root, mirror) as run:
         assert run.restore() == 3
         assert url_of(run) == mirror
+        assert f"restored step 3 from {mirror}" in caplog.text
         assert not root.exists(), "nothing was copied"
         (event,) = run.told.of(Restored)
         assert isinstance(event, Restored)
@@ -623,3 +627,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be opened"):
         CheckpointManager(tmp_path / "a", state, mirror="weird://x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_mirror_shows_what_is_secret() -> None:
+    """Neither of a URL nor of the options: people log what they give to a manager."""
+    shown = repr(Mirror("s3://me:hush-1@bucket/run", storage_options={"secret": "hush-2"}))
+    assert "hush" not in shown
+    assert "bucket/run" in shown

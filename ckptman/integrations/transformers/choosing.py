@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +10,7 @@ from ckptman.format.catalog import Entry
 from ckptman.repository.repository import DamagedCheckpointWarning, Repository, find
 from ckptman.repository.verify import verify
 from ckptman.storage.base import Storage
+from ckptman.warning import warn
 
 Resume = Literal["auto", "must", "never", "best"] | int
 """``"auto"``: the newest intact one, or a fresh start; ``"must"``: never a fresh start; ``"best"``; or a step."""
@@ -63,10 +63,9 @@ def _newest_intact(repository: Repository, entries: Sequence[Entry]) -> int:
         if reason is None:
             return entry.step
         damaged.append(f"step {entry.step}: {reason}")
-        warnings.warn(
+        warn(
             f"step {entry.step} of {url} is damaged and was passed over for an older one: {reason}",
             DamagedCheckpointWarning,
-            stacklevel=5,
         )
     raise IntegrityError(
         f"all {len(damaged)} checkpoints of {url} are damaged, and none is resumed: {'; '.join(damaged)}. "
