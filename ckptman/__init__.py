@@ -3,14 +3,16 @@ ckptman: save, be killed, resume — bit for bit.
 
 The house, from the ground up; a module imports only from floors below its own:
 
-    7  guests     cli/ | demo/ | integrations/ | testing/      doctor/ is what cli/ measures a storage with
-    6  face       manager.py                   CheckpointManager; schedule.py, preemption.py, boundary.py: when to save
+    7  guests     cli/ | demo/ | integrations/ | testing/
+                  convert/, doctor/            what these share: other tools' formats; measuring a storage
+    6  face       manager.py                   CheckpointManager; boundary.py, schedule.py | preemption.py: when to save
     5  motion     pipeline/                    stage → write, read → place
-    4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks, which talk through coordination/
-    3  rules      repository/                  what exists, and who may change it
+    4  torch      state/ | coordinator.py      live objects ↔ leaves; ranks
+    3  rules      repository/ | plan/          what exists, and who may change it | which bytes go where
+                  | coordination/              how ranks talk
     2  meaning    format/                      what bytes mean (pure)
     1  ground     storage/                     bytes by key
-    0  words      errors.py · events.py · types.py · warning.py
+    0  words      events.py, above types.py | errors.py | warning.py
 
 This module is the door. It imports nothing until a name is asked for, so that ``ckptman ls`` need not wait for torch.
 """

@@ -139,6 +139,9 @@ class CheckpointManager:
             raise TypeError(f"save_every must be Every(…) or callable, got {save_every!r}")
         if not isinstance(keep, Keep):
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
+        heard = tuple(hooks)
+        if not all(callable(hook) for hook in heard):
+            raise TypeError(f"hooks must be callable with an event, got {hooks!r}")
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
         if not isinstance(preemption, Preemption):
@@ -154,7 +157,7 @@ class CheckpointManager:
         self._keep = keep
         self._rng = rng
         self._lock_timeout_s = lock_timeout
-        self._hooks = tuple(hooks)
+        self._hooks = heard
         self._owner: Ownership | None = None
         self._limits = limits
         self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
@@ -206,6 +209,8 @@ class CheckpointManager:
             CommitUnknown: The storage would not say whether the commit landed.
             TypeError, ValueError: An argument is wrong, or the manager is closed or opened for reading.
         """
+        if isinstance(tags, str):
+            raise TypeError(f"tags must be a list of names, such as [{tags!r}]; got the text {tags!r}")
         return self._save(step, metrics or {}, tuple(tags), block=block, preempted=False)
 
     def maybe_save(self, step: int, *, metrics: Mapping[str, float] | None = None) -> PendingSave | None:
@@ -411,7 +416,7 @@ class CheckpointManager:
             checkpoint = self._recall(which, only, strict)
         if checkpoint is not None:
             duration_s = time.monotonic() - began
-            _log.info("restored step %d from %s in %.2f s", checkpoint.step, self.root, duration_s)
+            _log.info("restored step %d from %s in %.2f s", checkpoint.step, checkpoint.url, duration_s)
             self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
 
@@ -557,6 +562,7 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        self._ranks.hurry()  # what ended the block may be the death of a rank for which a save still waits
         try:
             self.close()
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not mask the error of the block

@@ -13,6 +13,7 @@ stdout carries data only. Tables are for people; ``--json`` makes it one documen
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 
@@ -31,6 +32,9 @@ def main() -> None:
         sys.exit(1)
     from ckptman.cli._group import ckptman
 
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever starts us: what is said is lost, not the work
+        nowhere = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no reason to fail

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ckptman.cli._changing import apply, confirm, entries_to_change, freeable_nbytes, refuse_unsure
-from ckptman.cli._render import count, note, print_json, print_text, size, steps_text
+from ckptman.cli._render import count, note, print_json, print_text, size, steps_named
 from ckptman.cli.ls import print_checkpoints
 from ckptman.format.catalog import Entry
 from ckptman.repository.commit import Change
@@ -36,7 +36,7 @@ def drop(
             _show(storage, dropped, sum(nbytes.values()))
         refuse_unsure(is_sure=is_sure, as_json=as_json)
         confirm(f"Delete {count(len(dropped), 'checkpoint')} for good?", is_sure=is_sure)
-        apply(storage, change, f"{verb}: steps {steps_text(e.step for e in dropped)}", timeout_s=lock_timeout_s)
+        apply(storage, change, f"{verb}: {steps_named([e.step for e in dropped])}", timeout_s=lock_timeout_s)
         left = entries_to_change(storage)
         dropped = _without(dropped, left)
     kept_nbytes = freeable_nbytes(storage, left, nbytes)  # what could not be deleted: the next writer will
@@ -59,6 +59,6 @@ def _report(storage: Storage, dropped: Sequence[Entry], freed_nbytes: int, *, as
     if as_json:
         print_json({"root": storage.url, "dropped": steps, "freed_nbytes": freed_nbytes})
     elif steps:
-        print_text(f"deleted {count(len(steps), 'checkpoint')} (step {steps_text(steps)}), freed {size(freed_nbytes)}")
+        print_text(f"deleted {count(len(steps), 'checkpoint')} ({steps_named(steps)}), freed {size(freed_nbytes)}")
     else:
         note("nothing to delete")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from types import MappingProxyType
 
@@ -18,14 +19,30 @@ _PIPED_WIDTH = 1000
 """Lines of a table that is piped are as long as they are, so that ``grep`` finds whole rows."""
 
 
+@contextmanager
+def writing() -> Iterator[None]:
+    """
+    Turn the failure of an output (a full disk behind ``>``, a closed stdout) into an error of one line.
+
+    A closed pipe passes: click ends a run quietly for it.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise click.ClickException(f"the output cannot be written: {error.strerror or error}") from error
+
+
 def print_json(document: Mapping[str, object]) -> None:
     """Print *document*, with its schema's number, on stdout."""
-    click.echo(json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False))
+    print_text(json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False))
 
 
 def print_text(text: str) -> None:
-    """Print a line of data on stdout."""
-    click.echo(text)
+    """Print a line of data on stdout. Raises ClickException where it cannot be written."""
+    with writing():
+        click.echo(text)
 
 
 def note(text: str) -> None:
@@ -65,7 +82,8 @@ def table(
         highlight=False,
     )
     console.print(built)
-    click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()), file=stream)
+    with writing():
+        click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()), file=stream)
 
 
 def printable(text: str) -> str:
@@ -95,6 +113,11 @@ def age(time: datetime, *, now: datetime | None = None) -> str:
 def count(n: int, noun: str) -> str:
     """``1 checkpoint``, ``2 checkpoints``."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def steps_named(steps: Sequence[int]) -> str:
+    """``step 1``, ``steps 1, 2``."""
+    return f"step{'s' * (len(steps) != 1)} {steps_text(steps)}"
 
 
 def steps_text(steps: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ import click
 from ckptman.cli._arguments import Root, Step, json_option, lock_timeout_option
 from ckptman.cli._changing import refuse_missing
 from ckptman.cli._progress import Advance, progress_bar
-from ckptman.cli._render import count, note, print_json, print_text, size, steps_text
+from ckptman.cli._render import count, note, print_json, print_text, size, steps_named
 from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.repository.copying import Copying, begin
@@ -91,8 +91,8 @@ def _chosen(entries: Sequence[Entry], steps: Iterable[int | str], url: str) -> l
 def _refuse_to_replace(chosen: Sequence[Entry], there: Sequence[Entry], url: str) -> None:
     others = in_the_way(chosen, there)
     if others:
-        steps = steps_text(entry.step for entry in others)
-        raise click.UsageError(f"nothing was copied: {url} has other checkpoints at step {steps}; --replace drops them")
+        steps = steps_named([entry.step for entry in others])
+        raise click.UsageError(f"nothing was copied: {url} has other checkpoints at {steps}; --replace drops them")
 
 
 def _lacks_tags(entry: Entry, there: Sequence[Entry]) -> bool:
@@ -129,6 +129,6 @@ def _report(source: Storage, target: Storage, results: Sequence[Result], *, as_j
     copied = [result.step for result in results if result.outcome == "copied"]
     if copied:
         sent = size(sum(result.sent_nbytes for result in results))
-        print_text(f"copied {count(len(copied), 'checkpoint')} (step {steps_text(copied)}), sent {sent}")
+        print_text(f"copied {count(len(copied), 'checkpoint')} ({steps_named(copied)}), sent {sent}")
     else:
         note(f"nothing was copied: {count(sum(one.outcome == 'there' for one in results), 'checkpoint')} there already")

@@ -21,6 +21,7 @@ from ckptman.format.manifest import Manifest
 from ckptman.repository.commit import utc_now
 from ckptman.repository.repository import Repository, find
 from ckptman.storage.base import Storage
+from ckptman.storage.opening import local_path
 from ckptman.types import Checkpoint
 
 STYLE = """
@@ -55,6 +56,10 @@ STYLE = """
 @json_option
 def report(storage: Storage, output: Path, *, as_json: bool) -> None:
     """Write a page about ROOT to FILE: HTML that needs nothing else and runs nothing. An older FILE is replaced."""
+    try:
+        local_path(output)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     repository = Repository(storage)
     entries = repository.entries()
     newest = find(entries, "latest", storage.url)

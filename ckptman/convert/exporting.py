@@ -13,7 +13,7 @@ from ckptman.convert.placing import new_file, placed, refuse_taken
 from ckptman.convert.stored import StoredCheckpoint
 from ckptman.repository.repository import Which
 from ckptman.storage.base import Storage
-from ckptman.storage.opening import open_storage
+from ckptman.storage.opening import local_path, open_storage
 
 Writer = Callable[[StoredCheckpoint, Path, Wanted], Exported]
 
@@ -51,14 +51,14 @@ def export_checkpoint(
         UnsupportedState: The format cannot hold something; the message names it.
         IntegrityError: The checkpoint is damaged. Nothing was exported.
         StorageError: *out* exists, or a medium failed. Nothing was exported.
-        ValueError: *to* is no format.
+        ValueError: *to* is no format, or *out* a URL.
     """
     writer = _WRITERS.get(to)
     if writer is None:
         raise ValueError(f"to={to!r} is no format; there are {', '.join(_WRITERS)}")
     if shard_nbytes < 1:
         raise ValueError(f"shard_nbytes must be positive, got {shard_nbytes}")
-    path = Path(out)
+    path = local_path(out)
     refuse_taken(path)
     only = None if components is None else ({components} if isinstance(components, str) else set(components))
     source = StoredCheckpoint(open_storage(root), which, only)

@@ -121,7 +121,7 @@ def read(path: Path, files: Files) -> Foreign:
 def _reader(path: Path, files: Files) -> Reader:
     if path.is_dir():
         return _directory_reader(path)
-    if path.name.endswith((".safetensors", safetensors_file.INDEX)):
+    if path.name.endswith((".safetensors", safetensors_file.INDEX)) or safetensors_file.is_file(path, files):
         return safetensors_file.read
     return torch_file.read
 

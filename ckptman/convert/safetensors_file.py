@@ -45,6 +45,13 @@ def read(path: Path, files: Files) -> Foreign:
     return Foreign(format="safetensors", parts={"model": module(entries)})
 
 
+def is_file(path: Path, files: Files) -> bool:
+    """Whether the file at *path* begins as such a file does, whatever its name: a plausible size, then JSON."""
+    whole = files.open(path).whole()
+    begin = whole.read(0, min(9, whole.nbytes))
+    return begin[8:] == b"{" and 8 + int.from_bytes(begin[:8], "little") <= min(whole.nbytes, MAX_HEADER_NBYTES)
+
+
 def tensors(path: Path, files: Files) -> dict[str, ForeignTensor]:
     """The tensors of one file, in the order of its header."""
     whole = files.open(path).whole()

@@ -63,6 +63,10 @@ class Ranks:
         """Let the coordinator go."""
         self._coordinator.close()
 
+    def hurry(self) -> None:
+        """This rank is about to leave, and others may be dead: find out sooner."""
+        self._coordinator.hurry()
+
     def do(self, part: Callable[[], object]) -> None:
         """Do *part* on every rank; return once all have done it. Raises as ``conclude`` does."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ckptman.errors import StorageError
+from ckptman.storage.failures import hinted
 
 
 class RootLock:
@@ -32,6 +33,9 @@ class RootLock:
             self._lock.acquire(timeout=timeout_s)
         except Timeout:
             return False
+        except PermissionError as error:
+            doing = hinted(f"cannot lock {self._lock.lock_file}", error)
+            raise StorageError.from_os(error, doing) from error
         except (OSError, NotImplementedError) as error:
             raise StorageError(
                 f"cannot lock {self._lock.lock_file}: {error}. A root needs a filesystem with working file locks",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import unquote
 from urllib.request import url2pathname
 
@@ -49,6 +50,19 @@ def open_storage(
         _refuse_options(root.url, storage_options)
         return root
     raise TypeError(f"a root is a path, a URL or a storage, got {type(root).__name__}")
+
+
+def local_path(place: str | os.PathLike[str]) -> Path:
+    """
+    *place* as a path of this machine, for what is no root and cannot lie in a bucket.
+
+    Raises:
+        ValueError: It looks like a URL, of which ``Path`` would make a folder called ``s3:``.
+    """
+    text = os.fspath(place)
+    if _OTHER.match(text):
+        raise ValueError(f"{redact(text)!r} is no path of this machine: a URL can only be a root")
+    return Path(text)
 
 
 def _refuse_options(root: str, storage_options: Mapping[str, object] | None) -> None:

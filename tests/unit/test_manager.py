@@ -421,6 +421,7 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path) -> None:
         lambda: CheckpointManager(tmp_path, x, keep=3),  # type: ignore[arg-type]
         lambda: CheckpointManager(tmp_path, x, save_every=5),  # type: ignore[arg-type]
         lambda: CheckpointManager(tmp_path, x, lock_timeout=-1),
+        lambda: CheckpointManager(tmp_path, x, hooks=[3]),  # type: ignore[list-item]
     ]
     manager = CheckpointManager(tmp_path, x)
     bad += [
@@ -432,12 +433,13 @@ def test_bad_arguments_are_refused_at_once(tmp_path: Path) -> None:
         lambda: manager.save(1, metrics={"": 1.0}),
         lambda: manager.save(1, tags=["a/b"]),
         lambda: manager.save(1, tags=["12"]),
+        lambda: manager.save(1, tags="abc"),  # else the tags a, b and c
     ]
     for call in bad:
         with pytest.raises((TypeError, ValueError)):
             call()
     assert list(tmp_path.iterdir()) == []
-    assert len(bad) == 18
+    assert len(bad) == 20
 
 
 def test_metrics_may_be_tensors_and_not_finite(tmp_path: Path) -> None:

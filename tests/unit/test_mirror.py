@@ -475,13 +475,17 @@ def test_an_intact_root_is_restored_from_itself(both: tuple[Path, Path]) -> None
         assert url_of(run) == root
 
 
-def test_a_wiped_root_is_restored_from_the_mirror(both: tuple[Path, Path]) -> None:
+def test_a_wiped_root_is_restored_from_the_mirror(
+    both: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """Straight from there; then training goes on in a new root, which is mirrored too."""
     root, mirror = both
     shutil.rmtree(root)
+    caplog.set_level("INFO", "ckptman")
     with Run(root, mirror) as run:
         assert run.restore() == 3
         assert url_of(run) == mirror
+        assert f"restored step 3 from {mirror}" in caplog.text
         assert not root.exists(), "nothing was copied"
         (event,) = run.told.of(Restored)
         assert isinstance(event, Restored)

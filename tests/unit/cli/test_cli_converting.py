@@ -49,6 +49,17 @@ def test_failures_have_their_exit_codes(run: Run, root: Path, source: Path, tmp_
     assert everything(root) == before
 
 
+def test_a_url_is_no_place_for_a_file(run: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports and reports go to this machine: a URL is refused, and makes no folder called ``s3:``."""
+    monkeypatch.chdir(tmp_path)
+    before = everything(tmp_path)
+    ran = run("export", root, 10, "s3://bucket/out", "--to", "torch")
+    assert ran.code == 1
+    assert "a URL can only be a root. Nothing was exported" in ran.err
+    assert run("report", root, "-o", "s3://bucket/page.html").code == 2
+    assert everything(tmp_path) == before
+
+
 def test_a_live_writer_is_waited_for(run: Run, held: Path, source: Path) -> None:
     """Another process holds the lock: exit 5."""
     assert run("import", held, source, "--step", 1, "--lock-timeout", 0.1).code == 5

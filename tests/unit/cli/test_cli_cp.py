@@ -22,7 +22,7 @@ def test_a_whole_root(run: Run, root: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "target"
     ran = run("cp", root, target)
     assert ran.code == 0
-    assert ran.out.startswith("copied 3 checkpoints (step 10, 20, 30), sent ")
+    assert ran.out.startswith("copied 3 checkpoints (steps 10, 20, 30), sent ")
     assert ran.err == ""
     assert listed(run, target) == listed(run, root)
     assert run("verify", target).code == 0

@@ -64,6 +64,28 @@ def test_a_broken_pipe_is_quiet(made_root: Path, style: tuple[str, ...]) -> None
     assert ran.returncode == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("style", [(), ("--json",)], ids=["table", "json"])
+def test_a_full_disk_behind_stdout_is_one_line(made_root: Path, style: tuple[str, ...]) -> None:
+    """``ckptman ls … > FILE`` on a full disk says so, and exits with 1."""
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [*CKPTMAN, "ls", str(made_root), *style], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ran.returncode == 1
+    assert len(ran.stderr.splitlines()) == 1
+    assert "the output cannot be written: No space left on device" in ran.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes descriptors in a shell")
+def test_closed_streams_do_not_stop_the_work(root: Path) -> None:
+    """A job that starts a command without stdout and stderr gets its work done all the same."""
+    for number, words in enumerate((["ls", str(root)], ["tag", str(root), "20", "good"])):
+        ran = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *CKPTMAN, *words], check=False)
+        assert ran.returncode == 0, number
+    assert "good" in subprocess.run([*CKPTMAN, "ls", str(root)], capture_output=True, text=True, check=True).stdout
+
+
 def test_a_poor_encoding_is_no_error(made_root: Path) -> None:
     """Where the terminal cannot spell a character, it is escaped."""
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}

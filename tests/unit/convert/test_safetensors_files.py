@@ -158,3 +158,13 @@ def test_the_caller_may_say_what_a_component_is(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "root", tmp_path / "in.pt", step=2, kinds={"emma": "container"})
     with pytest.raises(ValueError, match="cannot be a component of kind"):
         import_checkpoint(tmp_path / "root", tmp_path / "in.pt", step=2, kinds={"n": "optimizer"})
+
+
+def test_a_file_is_known_by_its_beginning(tmp_path: Path) -> None:
+    """Whatever it is called: a name of the user's own is no reason to take it for a file of ``torch.save``."""
+    safetensors.torch.save_file({"w": torch.ones(2)}, tmp_path / "weights.st")
+    assert import_checkpoint(tmp_path / "root", tmp_path / "weights.st", step=1).format == "safetensors"
+    for number, data in enumerate((b"", b"{", bytes(8), b"\xff" * 8 + b"{}", (99).to_bytes(8, "little") + b"{")):
+        (tmp_path / f"{number}.st").write_bytes(data)
+        with pytest.raises(FormatError, match=r"torch\.save"):
+            import_checkpoint(tmp_path / "root", tmp_path / f"{number}.st", step=2)
