@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -16,6 +16,7 @@ from typing import Self
 from ckptman.boundary import Boundary
 from ckptman.coordinator import Coordinator, Solo, current
 from ckptman.errors import (
+    CkptmanError,
     Preempted,
     RankLost,
     SaveFailed,
@@ -244,10 +245,14 @@ class CheckpointManager:
         self, step: int, metrics: Mapping[str, float], tags: tuple[str, ...], *, block: bool, preempted: bool
     ) -> PendingSave:
         began, created_at = time.monotonic(), utc_now()
-        state = self._check_open_for_saving()
-        json_metrics = metrics_to_json(metrics)
-        checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
-        check_step(step)
+        try:
+            state = self._check_open_for_saving()
+            json_metrics = metrics_to_json(metrics)
+            checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
+            check_step(step)
+        except Exception as error:
+            self._tell_all(error)
+            raise
         self._engine.admit(block=block or self._ranks.are_many)
         failure = self._background.uncollected()
         if failure is not None and preempted:
@@ -286,6 +291,18 @@ class CheckpointManager:
         except BaseException as error:
             begun.abandon(error)
             raise
+
+    def _tell_all(self, error: Exception) -> None:
+        """This rank cannot begin a save, for *error*: the others, who may be about to, would wait for it."""
+        if not self._ranks.are_many or self._is_closed:
+            return
+
+        def part() -> bytes:
+            raise error
+
+        self._engine.admit(block=True)
+        with suppress(CkptmanError):  # it is raised on the others; here it is the caller who raises it
+            self._ranks.conclude(part)
 
     def _begin_alone(
         self,

@@ -49,6 +49,7 @@ def read(path: Path, files: Files) -> Foreign:
     found = dcp_pickles.read(files.read(path / METADATA, limit=torch_file.MAX_PICKLE_NBYTES), str(path / METADATA))
     reader = _Reader(path, files, found)
     tree: dict[str | int, Any] = {}
+    _refuse_huge_lists(found, str(path / METADATA))
     for name, entry in found.entries.items():
         value = reader.value(name) if entry is None else reader.tensor(name, entry)
         _place(tree, found.paths.get(name, (name,)), value, str(path / METADATA))
@@ -116,6 +117,22 @@ def _assembled(entry: TensorEntry, parts: list[tuple[dcp_pickles.Box, ForeignTen
         box = whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
         overwrite(box, chunk)
     return whole
+
+
+MAX_HOLES = 1_000_000
+"""Places in lists at which nothing lies: DCP leaves out what is empty."""
+
+
+def _refuse_huge_lists(found: DcpMetadata, where: str) -> None:
+    """A path may name the millionth place of a list: a few of these are a mistake, or made to take all memory."""
+    longest: dict[Path_, int] = {}
+    for name in found.entries:
+        path = found.paths.get(name, (name,))
+        for depth, key in enumerate(path):
+            if type(key) is int:
+                longest[path[:depth]] = max(longest.get(path[:depth], 0), key + 1)
+    if sum(longest.values()) > MAX_HOLES + sum(map(len, found.paths.values())):
+        raise FormatError(f"{where} describes lists of {sum(longest.values())} items, and has {len(found.entries)}")
 
 
 def _place(tree: dict[str | int, Any], path: Path_, value: object, where: str) -> None:

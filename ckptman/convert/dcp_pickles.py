@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckptman.convert.torch_pickles import TABLE as TORCH
-from ckptman.convert.unpickling import Make, read_pickle
+from ckptman.convert.unpickling import MAX_DEPTH, Make, read_pickle
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 Place = tuple[str, int, int]
@@ -149,7 +149,7 @@ def _paths(planned: Any) -> dict[str, tuple[str | int, ...]]:
     for name, path in planned.items():
         if type(path) is not tuple or not path or not all(type(key) in (str, int) for key in path):
             raise TypeError(f"{name!r:.80} has no path")
-        if any(type(key) is int and not 0 <= key < _MAX_ITEMS for key in path):
+        if len(path) > MAX_DEPTH or any(type(key) is int and not 0 <= key < _MAX_ITEMS for key in path):
             raise ValueError(f"{name!r:.80} has an impossible path")
     return dict(planned)
 

@@ -185,6 +185,9 @@ def test_partial_and_lying_directories_are_refused(tmp_path: Path) -> None:
     def compressed(found: Any) -> None:
         next(iter(found.storage_data.values())).transform_descriptors = ["zstd"]
 
+    def huge(found: Any) -> None:
+        found.planner_data.update({name: (name, 900_000) for name in found.planner_data})
+
     def contradicting(found: Any) -> None:
         found.planner_data["model.first.weight"] = ("model", 3)
 
@@ -199,6 +202,7 @@ def test_partial_and_lying_directories_are_refused(tmp_path: Path) -> None:
         (".metadata", lie(elsewhere), "not the name of a file"),
         (".metadata", lie(retyped), "is not what"),
         (".metadata", lie(compressed), "zstd"),
+        (".metadata", lie(huge), "describes lists"),
         (".metadata", lie(contradicting), "contradict|two values"),
     ]:
         folder = Path(shutil.copytree(whole, tmp_path / "in", dirs_exist_ok=True))

@@ -7,10 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+from ckptman import CheckpointManager
 from ckptman.coordinator import FilesCoordinator
-from ckptman.errors import RankLost, StorageError, UnsupportedState
+from ckptman.errors import CkptmanError, RankLost, StorageError, UnsupportedState
 from ckptman.pipeline.ranks import Ranks
+from ckptman.storage.memory import MemoryStorage
 
 SURROGATE = "a file \udcff of another time"
 """As Python gives back names of files that are no UTF-8."""
@@ -63,3 +66,20 @@ def test_a_rank_that_leaves_with_such_an_error_is_named() -> None:
     assert type(zero) is RankLost
     assert "left what all ranks do together" in str(zero)
     assert type(one) is StorageError
+
+
+def test_an_argument_that_is_wrong_on_one_rank_fails_the_save_on_all() -> None:
+    """The other one does not wait for it, and the next save works."""
+
+    def work(coordinator: FilesCoordinator) -> None:
+        root = MemoryStorage("unused") if coordinator.rank else storage
+        with CheckpointManager(root, {"w": torch.ones(2)}, coordinator=coordinator, rng=False) as manager:
+            wrong = {"loss": object()} if coordinator.rank else {"loss": 1.0}
+            manager.save(1, metrics=wrong, block=True)  # type: ignore[arg-type]
+
+    storage = MemoryStorage("a")
+    zero, one = on_two_ranks(work)
+    assert isinstance(zero, CkptmanError)
+    assert "must be one number" in str(zero)
+    assert "on rank 1" in str(zero)
+    assert isinstance(one, TypeError)
