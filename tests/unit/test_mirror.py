@@ -475,9 +475,7 @@ def test_an_intact_root_is_restored_from_itself(both: tuple[Path, Path]) -> None
         assert url_of(run) == root
 
 
-def test_a_wiped_root_is_restored_from_the_mirror(
-    both: tuple[Path, Path], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_wiped_root_is_restored_from_the_mirror(both: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     """Straight from there; then training goes on in a new root, which is mirrored too."""
     root, mirror = both
     shutil.rmtree(root)
