@@ -7,11 +7,13 @@ ranks share nothing but the storage.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import os
 import secrets
 import socket
+from contextlib import suppress
 from typing import Protocol, Self, runtime_checkable
 
 import torch.distributed as dist
@@ -23,7 +25,7 @@ from ckptman.coordination.leftovers import FOLDER, Leftovers
 from ckptman.coordination.life import SILENCE_S, Life
 from ckptman.coordination.meeting import meet
 from ckptman.coordination.storage_board import StorageBoard
-from ckptman.coordination.torch_board import PrefixStore, TorchBoard, connection
+from ckptman.coordination.torch_board import PrefixStore, TorchBoard, connection, lives_in_rank_0
 from ckptman.errors import RankLost, StorageError
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
@@ -38,7 +40,8 @@ class Coordinator(Protocol):
     """
     Ranks that save together.
 
-    Every method but `channel` and `close` is collective: all ranks call it, in the same order, on one thread at a time.
+    Every method but `channel`, `hurry` and `close` is collective: all ranks call it, in the same order, on one thread
+    at a time.
     """
 
     @property
@@ -81,6 +84,13 @@ class Coordinator(Protocol):
     def channel(self, name: str) -> Coordinator:
         """The same ranks, for another thread or purpose: its calls are counted apart. Not collective."""
 
+    def hurry(self) -> None:
+        """
+        This rank is about to leave, and others may be dead: find out sooner, also in what is under way.
+
+        On any thread. A rank that lives is still waited for.
+        """
+
     def close(self) -> None:
         """Leave. Whoever waits for this rank from now on gets `RankLost`. Channels end with it."""
 
@@ -121,11 +131,17 @@ class Solo:
         """Itself: there is nobody to be out of step with."""
         return self
 
+    def hurry(self) -> None:
+        """Nobody to wait for."""
+
     def close(self) -> None:
         """Nothing to leave."""
 
 
 _instances = itertools.count()
+
+FAREWELL_S = 5.0
+"""How long rank 0 stays for the others when the store lives in its process."""
 
 
 class TorchCoordinator(Hub):
@@ -136,6 +152,10 @@ class TorchCoordinator(Hub):
     the same order if there are several: it returns once all are there.
 
     A rank that dies, or stops beating, is named on all others within 30 s. A rank that lives is waited for.
+
+    Without torchrun, the store usually lives in the process of rank 0, and the others can ask it nothing once that has
+    ended. So there, ``close`` on rank 0 returns when all others have closed theirs, after `FAREWELL_S` at the latest.
+    A rank 0 that never closes does so at the end of its interpreter.
 
     Args:
         silence_s: How long a rank may be silent before it counts as lost. It beats from a thread, so it is silent only
@@ -165,6 +185,19 @@ class TorchCoordinator(Hub):
         super().__init__(board, life, rank=rank, world_size=dist.get_world_size(), name="main", patience_s=patience_s)
         board.pin(host_key(rank), self.host.encode())
         life.start()
+        self._keeps_store = rank == 0 and lives_in_rank_0(store)
+        if self._keeps_store:
+            atexit.register(self.close)
+
+    def close(self) -> None:
+        """Leave; where the store lives in this process, stay a while for those that still read. Again: nothing."""
+        atexit.unregister(self.close)
+        if self._is_closed:
+            return
+        super().close()
+        if self._keeps_store:
+            with suppress(StorageError):  # then there is nobody to stay for
+                self._wait_until_left(FAREWELL_S)
 
 
 class FilesCoordinator(Hub):

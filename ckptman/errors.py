@@ -165,12 +165,14 @@ class StorageError(CkptmanError, OSError):
 
     Attributes:
         key: The key, relative to the root, that was being worked on.
+        may_take_effect: Whether a server was asked and did not say: it may still do it, even much later.
     """
 
     def __init__(self, message: str, *, errno: int | None = None, key: str = "") -> None:
         super().__init__(message)
         self.errno = errno
         self.key = key
+        self.may_take_effect = False
 
     @classmethod
     def from_os(cls, error: OSError, doing: str, key: str = "") -> Self:

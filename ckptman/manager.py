@@ -558,6 +558,7 @@ class CheckpointManager:
         if error is None:
             self.close()
             return
+        self._ranks.hurry()  # what ended the block may be the death of a rank for which a save still waits
         try:
             self.close()
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not mask the error of the block

@@ -122,8 +122,10 @@ def _place(state: Any) -> _Place:
     path, start, nbytes = state["relative_path"], state["offset"], state["length"]
     if type(path) is not str or type(start) is not int or type(nbytes) is not int:
         raise TypeError("a place is none")
-    if state.get("transform_descriptors"):
-        raise ValueError(f"{path} was written through {state['transform_descriptors']}, which is not undone here")
+    transforms = state.get("transform_descriptors")
+    if transforms:
+        first = next((one for one in transforms if type(one) is str), "a transform")
+        raise ValueError(f"{path:.80} was written through {first:.40}, which is not undone here")
     return _Place(path, start, nbytes)
 
 

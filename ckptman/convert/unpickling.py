@@ -24,6 +24,11 @@ MAX_NODES = 50_000_000
 
 MAX_DEPTH = 200
 
+MAX_REPEATED = 32
+"""How many values and bytes may be handed to calls, or hashed as keys, for each byte of the pickle, at most."""
+
+_SPARE = 1 << 20
+
 
 class Make:
     """A function of ours that stands for a global of the file. Only called, with what the file gives as arguments."""
@@ -78,7 +83,7 @@ def read_pickle(
         UnsupportedState: It needs a name that is not in *table*, or an opcode that plain data does not need.
         FormatError: It is damaged.
     """
-    machine = _Machine(table, persistent, where)
+    machine = _Machine(table, persistent, where, left=MAX_REPEATED * len(data) + _SPARE)
     try:
         value = machine.run(data)
         if _nodes(value, {}, 1) > MAX_NODES:
@@ -113,7 +118,8 @@ def _nodes(value: object, known: dict[int, int | None], depth: int) -> int:
 class _Machine:
     """A stack, a memo, and a method for each opcode."""
 
-    def __init__(self, table: Table, persistent: Callable[[object], object], where: str) -> None:
+    def __init__(self, table: Table, persistent: Callable[[object], object], where: str, *, left: int) -> None:
+        self._left = left
         self._table = table
         self._persistent = persistent
         self._where = where
@@ -156,13 +162,14 @@ class _Machine:
         self._named(f"{module}.{name}")
 
     def stack_global(self, _: object) -> None:
-        name, module = self._stack.pop(), self._stack.pop()
-        self._named(f"{module!s}.{name!s}")
+        name, module = _exactly(str, self._stack.pop()), _exactly(str, self._stack.pop())
+        self._named(f"{module}.{name}")
 
     def call(self, _: object) -> None:
         arguments, make = self._stack.pop(), self._stack.pop()
         if type(make) is not Make or type(arguments) is not tuple:
             raise self._refused(f"a call of a {type(make).__name__}")
+        self._spend(arguments)
         self._stack.append(make(*arguments))
 
     def build(self, _: object) -> None:
@@ -170,10 +177,23 @@ class _Machine:
         if type(self._stack[-1]) is OrderedDict:
             return  # attributes of a state_dict (``_metadata``), of which nothing is taken over
         unbuilt = self._stack.pop()
+        self._spend(state)
         value = unbuilt.built(state)
         for key in unbuilt.keys:
             self._memo[key] = value
         self._stack.append(value)
+
+    def _spend(self, value: Any) -> None:
+        """
+        Before *value* is copied, hashed or shown: a small pickle can make one that takes for ever, or all memory.
+
+        Each of these costs what the tree has where every shared part is written out.
+        """
+        self._left -= _nodes(value, {}, 1)
+        if type(value) is tuple:
+            self._left -= sum(len(part) for part in value if type(part) in (bytes, str))
+        if self._left < 0:
+            raise FormatError("it repeats itself on purpose: its values are out of all proportion to its size")
 
     def persistent(self, _: object) -> None:
         self._stack.append(self._persistent(self._stack.pop()))
@@ -224,6 +244,7 @@ class _Machine:
 
     def add_items(self, _: object) -> None:
         items = self._since_mark()
+        self._spend(items)
         _exactly(set, self._stack[-1]).update(items)
 
     def set_item(self, _: object) -> None:
@@ -239,6 +260,8 @@ class _Machine:
         if type(target) not in (dict, OrderedDict):
             raise TypeError(f"it sets an item of a {type(target).__name__}")
         for key, value in pairs:
+            if type(key) is tuple:
+                self._spend(key)
             target[key] = value
 
 

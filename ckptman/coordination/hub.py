@@ -147,6 +147,10 @@ class Hub:
         told = self.broadcast(None if values is None else msgspec.msgpack.encode(values))
         return values if values is not None else msgspec.msgpack.decode(told, type=list[bytes])
 
+    def hurry(self) -> None:
+        """Wait less for ranks that seem dead from now on, also in what is under way, on any thread."""
+        self._life.hurry()
+
     def close(self) -> None:
         """Stop beating: whoever waits for this rank from now on is told that it left. Again: does nothing."""
         if self._is_closed:
@@ -165,6 +169,14 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _wait_until_left(self, timeout_s: float) -> None:
+        """Return once all but dead ranks have left, at the latest after *timeout_s*. Raises StorageError."""
+        ends_at = time.monotonic() + timeout_s
+        silent = self._life.silent(range(self._world_size))
+        left = [self._left(rank) for rank in range(self._world_size) if rank not in silent]
+        while not all(map(self._board.has, left)) and time.monotonic() < ends_at:
+            time.sleep(self._board.max_pause_s)
 
     # what they are made of
 
@@ -193,7 +205,7 @@ class Hub:
         else:
             reason = _Reason(message=str(lost), ranks=lost.ranks, hosts=lost.hosts, waited_s=lost.waited_s)
         try:
-            told = self._board.pin_first(self._broken(), msgspec.json.encode(reason))
+            told = self._board.pin_first(self._broken(), _encoded(reason))
         except StorageError:
             return lost if isinstance(lost, RankLost) else None
         return _error(told) if isinstance(lost, RankLost) else None
@@ -264,6 +276,12 @@ class Hub:
 def host_key(rank: int) -> str:
     """Where *rank* says on which host it is."""
     return f"host.{rank}"
+
+
+def _encoded(reason: _Reason) -> bytes:
+    """The names of files, which errors quote, may hold what UTF-8 has not."""
+    message = reason.message.encode("utf-8", "backslashreplace").decode()
+    return msgspec.json.encode(msgspec.structs.replace(reason, message=message))
 
 
 def _error(told: bytes) -> RankLost:

@@ -2,8 +2,8 @@
 How the ranks of a process group begin to talk, through a store that may remember their predecessors.
 
 torchrun's agent keeps one store while it starts the workers again, so what a killed job said last may still be there
-(gloo itself was seen to dial a dead worker's address after such a restart). As in `joining`, nothing is believed that
-does not answer a nonce of this very process:
+(in torch 2.13 gloo itself dials a dead worker's address after such a restart). As in `joining`, nothing is believed
+that does not answer a nonce of this very process:
 
     rank 0    sets  call     to its nonce, which is the session's name
     rank r    sets  ack.<r>  to the call that it sees and its own nonce; again whenever another call is seen

@@ -9,16 +9,17 @@ connection of ours is our own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import cast
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # public, only not to its stubs
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, only not to its stubs
 
 from ckptman.errors import StorageError
 
-__all__ = ["PrefixStore", "Store", "TorchBoard", "connection", "reporting"]
+__all__ = ["PrefixStore", "Store", "TorchBoard", "connection", "lives_in_rank_0", "reporting"]
 
 PART_NBYTES = 4 << 20
 """A TCPStore takes values of 8 MiB at most."""
@@ -127,6 +128,18 @@ def connection(store: Store) -> Store:
         return cast(Store, store.clone())  # type: ignore[attr-defined]  # newer than its stubs
     except (AttributeError, RuntimeError, NotImplementedError):  # an older torch, or a store of somebody's own
         return store
+
+
+def lives_in_rank_0(store: Store, environ: Mapping[str, str] = os.environ) -> bool:
+    """
+    Whether *store* ends with the process of rank 0, as far as torch's own ways of making one tell.
+
+    torchrun's agent serves the store of its workers and outlives them, unless it was told not to. A store of files, or
+    of somebody's own, serves itself.
+    """
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, TCPStore) and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
 @contextmanager

@@ -21,9 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
-from ckptman.errors import CommitUnknown, Fenced, IntegrityError, LockError
+from ckptman.errors import CommitUnknown, Fenced, IntegrityError, LockError, redact
 from ckptman.events import Event, Mirrored, MirrorErred
 from ckptman.format.catalog import Entry
 from ckptman.repository import keep as keep_rules
@@ -48,7 +48,7 @@ STOP_TIMEOUT_S = 10.0
 """For a request under way, once the thread was told to stop at the next piece."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Mirror:
     """
     A second root for the checkpoints of a manager.
@@ -68,7 +68,12 @@ class Mirror:
     _: KW_ONLY
     keep: Keep = keep_rules.everything
     close_timeout: float = 600.0
-    storage_options: Mapping[str, object] | None = field(default=None, repr=False)  # there may be secrets in it
+    storage_options: Mapping[str, object] | None = None
+
+    def __repr__(self) -> str:
+        """Without what may be secret: the options, and the password of a URL."""
+        root = self.root.url if isinstance(self.root, Storage) else redact(str(self.root))
+        return f"Mirror({root!r}, keep={self.keep!r}, close_timeout={self.close_timeout!r})"
 
     def __post_init__(self) -> None:
         if not isinstance(self.keep, Keep):

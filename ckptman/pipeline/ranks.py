@@ -63,6 +63,10 @@ class Ranks:
         """Let the coordinator go."""
         self._coordinator.close()
 
+    def hurry(self) -> None:
+        """This rank is about to leave, and others may be dead: find out sooner."""
+        self._coordinator.hurry()
+
     def do(self, part: Callable[[], object]) -> None:
         """Do *part* on every rank; return once all have done it. Raises as ``conclude`` does."""
 
@@ -123,13 +127,13 @@ class Ranks:
         kind = type(error).__name__
         is_ours = isinstance(error, CkptmanError) and kind in _CLASSES
         text = str(error) if is_ours else f"{kind}: {error}"
-        facts = {name: value for name, value in vars(error).items() if _is_simple(value)} if is_ours else {}
+        facts = {name: _sent(value) for name, value in vars(error).items() if _is_simple(value)} if is_ours else {}
         if isinstance(getattr(error, "errno", None), int):
             facts["errno"] = getattr(error, "errno", None)
         return _Failure(
             rank=self.rank,
             kind=kind if is_ours else CkptmanError.__name__,
-            message=f"{text} (on rank {self.rank} of {self.world_size}, host {socket.gethostname()})",
+            message=f"{_sent(text)} (on rank {self.rank} of {self.world_size}, host {socket.gethostname()})",
             facts=facts,
         )
 
@@ -138,6 +142,13 @@ def _is_simple(value: object) -> bool:
     if isinstance(value, tuple):
         return all(isinstance(part, str) for part in value)
     return value is None or isinstance(value, (str, int, float))
+
+
+def _sent(value: Any) -> Any:
+    """*value* as it can be told: texts may hold what UTF-8 has not, the names of files above all."""
+    if isinstance(value, tuple):
+        return tuple(_sent(part) for part in value)
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _rebuilt(failure: _Failure) -> CkptmanError:

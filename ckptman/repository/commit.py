@@ -9,6 +9,10 @@ reads on, finds B's epoch in the newest record and raises `Fenced`.
 *A lost answer.* Our put of 42 lands, the answer does not. We read 42 back and find our nonce: committed. A
 storage that fails the read too leaves us knowing nothing, and we say so: `CommitUnknown`.
 
+*A late put.* The put of 42 gets no answer, and 42 cannot be found. That proves nothing: the request may still be on
+its way. It would list a checkpoint whose files its writer has deleted, and perhaps no other. So that is neither yes
+nor no: `CommitUnknown`, and nothing is deleted.
+
 *A put that is visible but not durable.* On POSIX, ``link`` worked and the directory's fsync failed. Readers see the
 record, a power loss may take it. That is neither yes nor no: `CommitUnknown`.
 
@@ -102,7 +106,12 @@ def _put(storage: Storage, record: Record, data: bytes) -> bool:
         ) from error
     except StorageError as error:
         if not _holds(storage, record, error):
-            raise
+            if not error.may_take_effect:
+                raise
+            raise CommitUnknown(
+                f"{record.change}: the storage did not answer when record {record.number} of {storage.url} was put "
+                f"({error}). It is not there, but may still come: look with 'ckptman log' before deciding anything"
+            ) from error
         _persist(storage, record)
     return True
 

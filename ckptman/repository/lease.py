@@ -89,6 +89,7 @@ class Lease:
         self.holder: Holder | None = None
         self._version: str | None = None
         self._mine: Holder | None = None  # the document of ours that lies there, as far as we know
+        self._unsettled: Holder | None = None  # one that was to renew it, and may have: nobody said
         self._pid = os.getpid()
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="ckptman-lease", daemon=True)
@@ -123,8 +124,14 @@ class Lease:
         Raises:
             StorageError: The storage failed. It may still be ours.
         """
-        mine = self._mine
-        return mine is not None and self._put(msgspec.structs.replace(mine, nonce=secrets.token_hex(16)))
+        if self._mine is None:
+            return False
+        # The same one until we know what became of it: with a nonce of its own, the next would take it for another's.
+        document = self._unsettled or msgspec.structs.replace(self._mine, nonce=secrets.token_hex(16))
+        self._unsettled = document
+        is_ours = self._put(document)
+        self._unsettled = None
+        return is_ours
 
     def release(self) -> None:
         """Mark the lease free. In a forked child, or where another took it, this does nothing."""
@@ -133,9 +140,11 @@ class Lease:
             return
         self._is_over.set()
         self._thread.join()
-        if self._mine is None:
-            return
         try:
+            if self._unsettled is not None:
+                self.renew()
+            if self._mine is None:
+                return
             self._put(msgspec.structs.replace(self._mine, nonce=secrets.token_hex(16), is_held=False))
         except (StorageError, RuntimeError) as error:  # RuntimeError: the interpreter is almost gone
             _log.info("%s: the lease could not be marked free, so it lasts %g s more: %s", self.url, LIFE_S, error)
@@ -191,6 +200,8 @@ class Lease:
             return True
         if failure is not None and (self.holder, self._version) == seen:
             raise failure
+        if self._mine is not None and self.holder == self._mine:
+            raise StorageError(f"{self.url}/{LEASE} could not be changed, though nobody else has changed it", key=LEASE)
         self._mine = None  # another is there: whatever we do from now on must not touch it
         return False
 

@@ -115,7 +115,9 @@ def ours(error: Exception, verb: str, key: str, url: str, secrets: Iterable[str]
         return KeyMissing(what, key=key)
     if hint := _hint(error, verb):
         what = f"{what} ({hint})"
-    return StorageError(what, errno=error.errno if isinstance(error, OSError) else None, key=key)
+    failure = StorageError(what, errno=error.errno if isinstance(error, OSError) else None, key=key)
+    failure.may_take_effect = is_transient(error)
+    return failure
 
 
 def _hint(error: Exception, verb: str) -> str:

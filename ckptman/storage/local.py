@@ -136,7 +136,7 @@ class LocalStorage:
                 with suppress(OSError):  # a leftover is the sweep's; it must hide neither success nor failure
                     self._system.unlink(temporary)
             if not linked:
-                self._write_durably(path, data)
+                self._write_in_place(path, data, key=key)
                 self._persist_name(parent, key)
 
     def open_new(self, key: str) -> NewLocalFile:
@@ -158,6 +158,19 @@ class LocalStorage:
         except OSError as error:
             doing = f"{key!r} in {self._url} is visible, but could not be made durable"
             raise NotDurable.from_os(error, hinted(doing, error), key) from error
+
+    def _write_in_place(self, path: str, data: Buffer, *, key: str) -> None:
+        """As `_write_durably`, for a name that others look at: what failed and could not be removed is `NotDurable`."""
+        try:
+            self._write_durably(path, data)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            with suppress(FileNotFoundError):
+                self._system.lstat(path)
+                doing = f"{key!r} in {self._url} is visible, but neither could be made durable nor removed"
+                raise NotDurable.from_os(error, hinted(doing, error), key) from error
+            raise
 
     def _write_durably(self, path: str, data: Buffer) -> None:
         """Create *path* with *data*, durable but for its name. Removes it again where that fails."""

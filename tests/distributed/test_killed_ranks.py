@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deadly_storage import Deadly, die
 from fleet import run
 
 from ckptman import CheckpointManager, CkptmanError
 from ckptman.coordinator import TorchCoordinator
 from ckptman.events import Event
-from ckptman.storage.local import LocalStorage
 
 SILENCE_S = 2.0
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Deadly(LocalStorage):
-    """Kills the process at a chosen moment of a save."""
-
-    moment = "never"
-
-    def open_new(self, key: str) -> Any:
-        if self.moment == "writing" and "safetensors" in key:
-            die()
-        if self.moment == "manifest" and key.endswith("manifest.json"):
-            die()
-        return super().open_new(key)
-
-    def persist(self, folders: Any) -> None:
-        super().persist(folders)
-        if self.moment == "reporting":
-            die()
-
-    def create(self, key: str, data: Any) -> None:
-        if self.moment == "committing" and key.startswith("catalog/"):
-            die()
-        super().create(key, data)
-        if self.moment == "committed" and key.startswith("catalog/"):
-            die()
 
 
 class Staging:

@@ -625,3 +625,10 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be opened"):
         CheckpointManager(tmp_path / "a", state, mirror="weird://x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_mirror_shows_what_is_secret() -> None:
+    """Neither of a URL nor of the options: people log what they give to a manager."""
+    shown = repr(Mirror("s3://me:hush-1@bucket/run", storage_options={"secret": "hush-2"}))
+    assert "hush" not in shown
+    assert "bucket/run" in shown

@@ -22,6 +22,8 @@ class Swapping(MemoryStorage):
     can_swap = True
     lost = 0
     fails = False
+    conflicts = 0
+    on_swap: Callable[[], object] = staticmethod(lambda: None)
     after_read: Callable[[], object] = staticmethod(lambda: None)
 
     def read_version(self, key: str, *, limit: int) -> tuple[bytes, str]:
@@ -32,10 +34,14 @@ class Swapping(MemoryStorage):
 
     def swap(self, key: str, data: bytes, *, expected: str) -> None:
         self._refuse()
+        if self.conflicts:
+            self.conflicts -= 1
+            raise KeyChanged(key)
         with self._lock:
             if self._values[key].hex() != expected:
                 raise KeyChanged(key)
             self._values[key] = data
+        self.on_swap()
         if self.lost:
             self.lost -= 1
             raise StorageError("the answer was lost")
@@ -204,4 +210,43 @@ def test_losing_the_lease_is_not_yet_being_fenced(storage: Swapping) -> None:
         first.commit(tuple, "too late")
     second.commit(tuple, "a change")
     second.release()
+    first.release()
+
+
+def test_a_renewal_whose_answer_and_reading_back_are_lost_is_still_ours(storage: Swapping) -> None:
+    """The next renewal finds a document that it has not put, and yet nobody else did."""
+    first = lease_on(storage, Clock())
+    assert first.acquire(0)
+    storage.lost = 1
+    storage.on_swap = lambda: setattr(storage, "fails", True)
+    with pytest.raises(StorageError):
+        first.renew()
+    storage.on_swap, storage.fails = lambda: None, False
+    assert first.renew()
+    assert first.renew()
+    first.release()
+    assert lease_on(storage, Clock()).acquire(0)
+
+
+def test_a_lease_whose_renewal_is_unsettled_is_freed(storage: Swapping) -> None:
+    """A successor need not wait for the end of its life."""
+    first = lease_on(storage, Clock())
+    assert first.acquire(0)
+    storage.lost = 1
+    storage.on_swap = lambda: setattr(storage, "fails", True)
+    with pytest.raises(StorageError):
+        first.renew()
+    storage.on_swap, storage.fails = lambda: None, False
+    first.release()
+    assert lease_on(storage, Clock()).acquire(0)
+
+
+def test_a_refusal_without_a_successor_loses_nothing(storage: Swapping) -> None:
+    """S3 answers 409 while an earlier try of the same renewal is under way; then the old document is still there."""
+    first = lease_on(storage, Clock())
+    assert first.acquire(0)
+    storage.conflicts = 1
+    with pytest.raises(StorageError, match="nobody else"):
+        first.renew()
+    assert first.renew()
     first.release()

@@ -1,0 +1,60 @@
+"""A put that got no answer, and takes effect when its writer has gone on: the network keeps no promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from ckptman import CheckpointManager, keep
+from ckptman.errors import CommitUnknown
+from ckptman.storage.object import ObjectStorage
+from ckptman.storage.retry import Retry
+
+
+class Late(MemoryFileSystem):  # type: ignore[misc]
+    """A store whose create-only puts exclude; those of the catalog get no answer while it is *slow*, and land later."""
+
+    cachable = False
+
+    def __init__(self) -> None:
+        super().__init__(global_store=False)
+        self.is_slow = False
+        self.under_way: list[tuple[str, bytes]] = []
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
+        if self.is_slow and "/catalog/" in path:
+            self.under_way.append((path, value))
+            raise TimeoutError
+        if mode == "create" and self.store.setdefault(path, file := MemoryFile(self, path, value)) is not file:
+            raise FileExistsError(path)
+
+    def land(self) -> None:
+        """What was under way arrives; of several the first one wins."""
+        self.is_slow = False
+        for path, value in self.under_way:
+            self.store.setdefault(path, MemoryFile(self, path, value))
+
+
+def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there() -> None:
+    """
+    The record drops step 1 and lists step 2. Were step 2 called failed and its files deleted, then this record,
+    landing later, would leave neither: the next writer sweeps what it does not list.
+    """
+    store = Late()
+    root = ObjectStorage("memory://late", filesystem=lambda: store, retry=Retry(tries=2, sleep=lambda seconds: None))
+    state = {"weight": torch.ones(3)}
+    with CheckpointManager(root, state, keep=keep.last(1)) as manager:
+        manager.save(1, block=True)
+        store.is_slow = True
+        state["weight"].fill_(2)
+        with pytest.raises(CommitUnknown, match="may still come"):
+            manager.save(2, block=True)
+        store.land()
+    with CheckpointManager(root, state, keep=keep.last(1)) as manager:
+        manager.tag(2, "x")  # takes the root over, and sweeps
+        state["weight"].fill_(0)
+        found = manager.restore()
+        assert found is not None
+        assert (found.step, found.skipped) == (2, ())
+        assert state["weight"].tolist() == [2, 2, 2]
