@@ -55,7 +55,7 @@ from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Ownership, take
-from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which
+from ckptman.repository.repository import Repository, Which, warn_passed_over
 from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule
 from ckptman.state.capture import Captured, capture
@@ -64,7 +64,6 @@ from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 from ckptman.types import Checkpoint, Skipped
-from ckptman.warning import warn
 
 _log = logging.getLogger("ckptman")
 
@@ -445,10 +444,7 @@ class CheckpointManager:
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
 
     def _pass_over(self, step: int, reason: str) -> Skipped:
-        warn(
-            f"step {step} of {self.root} is damaged and was passed over for an older one, or a copy: {reason}",
-            DamagedCheckpointWarning,
-        )
+        warn_passed_over(step, self.root, reason)
         self._emit(Damaged(root=self.root, step=step, reason=reason))
         return Skipped(step=step, reason=reason)
 

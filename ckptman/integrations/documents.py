@@ -25,13 +25,12 @@ from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.reading import fill
 from ckptman.repository.keep import Keep
-from ckptman.repository.repository import DamagedCheckpointWarning, Repository, Which, find
+from ckptman.repository.repository import Repository, Which, all_damaged, find, warn_passed_over
 from ckptman.state.filling import CPU, Filling
 from ckptman.state.stored import Stored
 from ckptman.state.trees import give_tree
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
-from ckptman.warning import warn
 
 DOCUMENT = "document"
 
@@ -198,13 +197,10 @@ def read(root: str | Storage, which: Which = "latest") -> tuple[Entry, dict[Any,
         try:
             return entry, _read(storage, repository, entry)
         except IntegrityError as error:
-            faults.append(f"step {entry.step}: {error}")
-            warn(
-                f"step {entry.step} of {storage.url} is damaged and was passed over for an older one: {error}",
-                DamagedCheckpointWarning,
-            )
+            faults.append((entry.step, error))
+            warn_passed_over(entry.step, storage.url, error)
     if faults:
-        raise IntegrityError(f"all {len(faults)} checkpoints of {storage.url} are damaged: {'; '.join(faults)}")
+        raise all_damaged(faults, storage.url)
     raise CheckpointNotFound(f"{storage.url} has no checkpoint")
 
 

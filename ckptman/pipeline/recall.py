@@ -7,7 +7,7 @@ process alone is the job of one rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import msgspec
 
@@ -16,7 +16,7 @@ from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Manifest, read_manifest
 from ckptman.pipeline.ranks import Ranks
 from ckptman.repository.both import Placed
-from ckptman.repository.repository import Repository, Which
+from ckptman.repository.repository import Repository, Which, all_damaged
 from ckptman.repository.roots import Roots
 from ckptman.types import Checkpoint, Skipped
 
@@ -94,8 +94,10 @@ def _choose(
                 _judge(*fault, roots, which, over)
             placed = roots.choose(which, {damage.key for damage in over})
             if placed is None:
+                if over and fault is not None and which != "latest":
+                    raise fault[1]
                 if over:
-                    raise all_damaged(over, roots.root.storage.url) if which == "latest" or fault is None else fault[1]
+                    raise all_damaged([(one.step, one.reason) for one in over], roots.root.storage.url)
                 return msgspec.msgpack.encode(_Chosen(None, False, b"", over))
             try:
                 data = roots.of(placed).manifest_data(placed.entry)
@@ -114,12 +116,3 @@ def _judge(placed: Placed, error: IntegrityError, roots: Roots, which: Which, ov
     elif which != "latest":
         url = roots.of(placed).storage.url
         raise CheckpointNotFound(f"step {placed.entry.step} of {url} was deleted while it was read") from error
-
-
-def all_damaged(damages: Sequence[_Damage], url: str) -> IntegrityError:
-    """What is raised where every checkpoint of the root at *url* is damaged."""
-    reasons = "; ".join(f"step {damage.step}: {damage.reason}" for damage in damages)
-    return IntegrityError(
-        f"all {len(damages)} checkpoints of {url} are damaged, and none was restored: {reasons}. "
-        "'ckptman verify' lists all damage; use another root to start afresh"
-    )

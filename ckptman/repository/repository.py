@@ -111,6 +111,27 @@ def checkpoint_of(entry: Entry, url: str) -> Checkpoint:
     )
 
 
+def warn_passed_over(step: int, url: str, reason: object) -> None:
+    """Warn that the damaged checkpoint *step* of the root at *url* is not what is read."""
+    warn(
+        f"step {step} of {url} is damaged and was passed over for an older one, or a copy: {reason}",
+        DamagedCheckpointWarning,
+    )
+
+
+def all_damaged(faults: Sequence[tuple[int, object]], url: str, *, afresh: str = "another root") -> IntegrityError:
+    """
+    What is raised where every checkpoint of the root at *url* is damaged.
+
+    *faults* are steps and reasons; *afresh* is what to use in order to start without them.
+    """
+    told = "; ".join(f"step {step}: {reason}" for step, reason in faults)
+    return IntegrityError(
+        f"all {len(faults)} checkpoints of {url} are damaged, and none was restored: {told}. "
+        f"'ckptman verify' lists all damage; use {afresh} to start afresh"
+    )
+
+
 def find(entries: Sequence[Entry], which: Which, url: str) -> Entry:
     """
     The entry that *which* means: ``"latest"``, a step, ``"best:METRIC"``, ``"best:METRIC:max"``, or a tag.

@@ -7,10 +7,9 @@ from typing import Literal
 
 from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
-from ckptman.repository.repository import DamagedCheckpointWarning, Repository, find
+from ckptman.repository.repository import Repository, all_damaged, find, warn_passed_over
 from ckptman.repository.verify import verify
 from ckptman.storage.base import Storage
-from ckptman.warning import warn
 
 Resume = Literal["auto", "must", "never", "best"] | int
 """``"auto"``: the newest intact one, or a fresh start; ``"must"``: never a fresh start; ``"best"``; or a step."""
@@ -62,15 +61,9 @@ def _newest_intact(repository: Repository, entries: Sequence[Entry]) -> int:
         reason = _damage(repository, entry)
         if reason is None:
             return entry.step
-        damaged.append(f"step {entry.step}: {reason}")
-        warn(
-            f"step {entry.step} of {url} is damaged and was passed over for an older one: {reason}",
-            DamagedCheckpointWarning,
-        )
-    raise IntegrityError(
-        f"all {len(damaged)} checkpoints of {url} are damaged, and none is resumed: {'; '.join(damaged)}. "
-        "'ckptman verify' lists all damage; use resume='never' or another root to start afresh"
-    )
+        damaged.append((entry.step, reason))
+        warn_passed_over(entry.step, url, reason)
+    raise all_damaged(damaged, url, afresh="resume='never' or another root")
 
 
 def _damage(repository: Repository, entry: Entry) -> str | None:
