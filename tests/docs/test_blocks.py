@@ -37,7 +37,7 @@ COMMANDS = [
     "python3 -m venv .venv && .venv/bin/pip install -q -c tests/constraints-cpu.txt -e '.[cli]'"
     " && .venv/bin/ckptman demo",
     "python3 -m venv .venv && .venv/bin/pip install -q -c tests/constraints-cpu.txt -e '.[test]'"
-    " && .venv/bin/python -m pytest -n auto",
+    " && .venv/bin/python -m pytest -n 3",
 ]
 
 
