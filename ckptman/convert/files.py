@@ -181,7 +181,7 @@ class _Stream(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # what io gives to raw files
         count = max(0, min(len(buffer), self._window.nbytes - self._position))
         self._window.read_into(self._position, memoryview(buffer)[:count])
         self._position += count

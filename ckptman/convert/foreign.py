@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 from ckptman.convert.files import Bytes
 from ckptman.errors import FormatError
@@ -100,7 +100,7 @@ def raw(part: Part) -> object:
     """The state that *part* was made of: a module's without the frame of its kind."""
     if isinstance(part.tree, Document):
         raise FormatError("the file says itself what its components are: leave the kinds away")
-    return part.tree["entries"] if part.kind == "module" else part.tree  # type: ignore[index]
+    return cast("dict[str, object]", part.tree)["entries"] if part.kind == "module" else part.tree
 
 
 def guessed(tree: object) -> Part:
@@ -110,11 +110,11 @@ def guessed(tree: object) -> Part:
     if is_optimizer(tree) or _is_stateful(tree):
         return Part("stateful", tree)
     if is_module(tree):
-        return module(tree)  # type: ignore[arg-type]
+        return module(tree)
     return Part("container" if type(tree) in _CONTAINERS else "value", tree)
 
 
-def is_module(tree: object) -> bool:
+def is_module(tree: object) -> TypeGuard[Mapping[str, object]]:
     """Whether *tree* looks like the ``state_dict`` of a module: tensors by name, and nothing else."""
     return (
         isinstance(tree, dict)

@@ -275,7 +275,7 @@ class _Shifted(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def write(self, data: Buffer) -> int:  # type: ignore[override]
+    def write(self, data: Buffer) -> int:  # type: ignore[override]  # its stub says any buffer; ours are named
         self._out.write(data)
         return memoryview(data).nbytes
 

@@ -75,7 +75,7 @@ def _durability(storage: Storage, folder: str) -> Finding:
 def filesystem(path: Path) -> str | None:
     """The kind of the filesystem that *path*, or what exists above it, lies on; None where the system does not tell."""
     try:
-        device = os.stat(_existing(path)).st_dev  # noqa: PTH116
+        device = _existing(path).stat().st_dev
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None

@@ -224,12 +224,16 @@ class ObjectStorage:
         """Remove *keys* in their order, one request each, then their folders, if empty. Missing keys are no error."""
         folders: set[str] = set()
         for key in keys:
-            path = self._path(check_key(key))
-            self._try("delete", key, lambda driver, path=path: driver.delete(path))  # type: ignore[misc]
+            self._delete(check_key(key))
             folders.add(key.rpartition("/")[0])
         for folder in sorted(folders - {""}, key=len, reverse=True):
-            path = self._path(folder)
-            self._try("delete", folder, lambda driver, path=path: driver.remove_folder(path))  # type: ignore[misc]
+            self._remove_folder(folder)
+
+    def _delete(self, key: str) -> None:
+        self._try("delete", key, lambda driver: driver.delete(self._path(key)))
+
+    def _remove_folder(self, folder: str) -> None:
+        self._try("delete", folder, lambda driver: driver.remove_folder(self._path(folder)))
 
     def remove_temporaries(self, folder: str) -> None:
         """
