@@ -55,7 +55,7 @@ def _document(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, object]:
 
 
 def _files_of(tensor: Tensor, manifest: Manifest) -> list[str]:
-    return list(dict.fromkeys(manifest.files[chunk.file].path for chunk in tensor.chunks))
+    return [manifest.files[number].path for number in tensor.files]
 
 
 def _print(checkpoint: Checkpoint, manifest: Manifest) -> None:

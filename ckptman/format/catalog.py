@@ -12,7 +12,8 @@ from typing import Annotated
 import msgspec
 
 from ckptman.errors import FormatError
-from ckptman.format.manifest import Count, Manifest, Utc, check_utc
+from ckptman.format.fields import Count, Utc, check_utc
+from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import JsonMetrics, check_metrics
 from ckptman.format.names import FORMAT, check_attempt, check_component, check_data_key, check_tag, is_attempt_at
 from ckptman.format.sealed import seal, unseal

@@ -8,18 +8,20 @@ vouches for its digest, since ``repair`` has nothing but the manifest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from datetime import datetime
-from typing import Annotated
+from abc import abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from ckptman.errors import FormatError
 from ckptman.format.digest import ALGORITHM, BLOCK_NBYTES
 from ckptman.format.dtypes import DTYPES
+from ckptman.format.fields import Count, Digest, Utc, check_utc
 from ckptman.format.metrics import JsonMetrics, check_metrics
-from ckptman.format.names import FORMAT, MAX_STEP, check_attempt, check_data_key, split_rank
+from ckptman.format.names import FORMAT, check_attempt, check_data_key, split_rank
 from ckptman.format.sealed import seal, unseal
+from ckptman.format.sharded import Sharded, ShardedTensor
 from ckptman.format.tiling import Box, tiles
 from ckptman.storage.base import Buffer
 
@@ -28,10 +30,6 @@ MAX_NDIM = 64
 MAX_FILE_NBYTES = 1 << 62
 MAX_HEADER_NBYTES = 100_000_000
 """What the safetensors library accepts: room for about 500,000 tensors in one file."""
-
-Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
-Utc = Annotated[datetime, msgspec.Meta(tz=True)]
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
 class File(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
@@ -65,18 +63,59 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     key: str | None = None
 
 
+class ManyChunks(Sequence[Chunk]):
+    """The chunks of a tensor in many pieces: made when one is asked for, since most never are."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def touching(self, wanted: Iterable[Box]) -> Iterator[Chunk]:
+        """Those that share an element with one of the boxes *wanted*."""
+
+    @abstractmethod
+    def at(self, offset: tuple[int, ...]) -> Chunk | None:
+        """The one that begins at *offset* of the tensor."""
+
+    @abstractmethod
+    def files(self) -> list[int]:
+        """The numbers of the files in which they lie, each once."""
+
+    @abstractmethod
+    def nbytes_in(self, files: Collection[int]) -> int:
+        """Bytes of those that lie in *files*."""
+
+
+if TYPE_CHECKING:
+    Chunks = Sequence[Chunk]
+else:
+    Chunks = tuple[Chunk, ...]  # what lists them one by one is decoded as such; `ManyChunks` never is
+
+
 class Tensor(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, gc=False):
     """A tensor: ``name`` is ``<component>/<name in it>``, ``shape`` the global shape."""
 
     name: str
     dtype: str
     shape: tuple[Count, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Chunks
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def files(self) -> list[int]:
+        """The numbers of the files in which its chunks lie, each once."""
+        if isinstance(self.chunks, ManyChunks):
+            return self.chunks.files()
+        return list(dict.fromkeys(chunk.file for chunk in self.chunks))
+
+    def nbytes_in(self, files: Collection[int]) -> int:
+        """Bytes of the chunks that lie in *files*."""
+        if isinstance(self.chunks, ManyChunks):
+            return self.chunks.nbytes_in(files)
+        return sum(chunk.nbytes for chunk in self.chunks if chunk.file in files)
 
 
 class Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -89,7 +128,8 @@ class Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """
     One checkpoint. ``after`` is the number of the catalog record that it was written on top of: it orders
-    checkpoints by commit when the catalog is lost.
+    checkpoints by commit when the catalog is lost. ``sharded`` is only in the document: `read_manifest` puts its
+    tensors behind the others of ``tensors``, and `write_manifest` takes them from there.
     """
 
     format: int = FORMAT
@@ -108,6 +148,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]
     environment: dict[str, str]
+    sharded: Sharded | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def shared_components(self) -> tuple[str, ...]:
@@ -123,7 +164,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     def new_nbytes(self) -> int:
         """Bytes of the chunks in this attempt's own files."""
         own = {index for index, file in enumerate(self.files) if file.path.startswith(f"{self.attempt}/")}
-        return sum(chunk.nbytes for tensor in self.tensors for chunk in tensor.chunks if chunk.file in own)
+        return sum(tensor.nbytes_in(own) for tensor in self.tensors)
 
     @property
     def borrows(self) -> tuple[str, ...]:
@@ -133,7 +174,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
 def write_manifest(manifest: Manifest) -> bytes:
     """The bytes of ``manifest.json``. Reads them again: what cannot be read is never written. Raises FormatError."""
-    data = seal(manifest)
+    data = seal(_packed(manifest))
     read_manifest(data, manifest.attempt)
     return data
 
@@ -147,14 +188,24 @@ def read_manifest(data: Buffer, attempt: str) -> Manifest:
         FormatError: A rule of the format is broken, the format is newer, or it belongs to another attempt.
     """
     what = f"{attempt}/manifest.json"
-    manifest = unseal(data, Manifest, what)
-    _check(manifest, what)
+    manifest = _checked(unseal(data, Manifest, what), what)
     if manifest.attempt != attempt:
         raise FormatError(f"{what} belongs to the attempt {manifest.attempt}: was the folder renamed?")
     return manifest
 
 
-def _check(manifest: Manifest, what: str) -> None:
+def _packed(manifest: Manifest) -> Manifest:
+    """*manifest* as its document has it."""
+    if all(len(tensor.chunks) == 1 for tensor in manifest.tensors):
+        return manifest
+    from ckptman.format.columns import pack  # NumPy is slow to import, and most checkpoints need none
+
+    listed, sharded = pack(manifest.tensors, manifest.block_nbytes)
+    return msgspec.structs.replace(manifest, tensors=tuple(listed), sharded=sharded or msgspec.UNSET)
+
+
+def _checked(manifest: Manifest, what: str) -> Manifest:
+    """*manifest* as its document has it, with all its tensors in one list."""
     try:
         _check_head(manifest)
         for file in manifest.files:
@@ -163,6 +214,7 @@ def _check(manifest: Manifest, what: str) -> None:
         _check_unique("component", [name.lower() for name in manifest.components])
         for tensor in manifest.tensors:
             _check_tensor(tensor, manifest)
+        manifest = _expanded(manifest)
         names = _check_unique("tensor", [tensor.name for tensor in manifest.tensors])
         for alias, name in manifest.aliases.items():
             if alias in names or name not in names:
@@ -170,6 +222,18 @@ def _check(manifest: Manifest, what: str) -> None:
             _check_tensor_name(alias, manifest)
     except ValueError as error:  # FormatError is one
         raise FormatError(f"{what} breaks the format: {error}") from error
+    return manifest
+
+
+def _expanded(manifest: Manifest) -> Manifest:
+    if manifest.sharded is msgspec.UNSET:
+        return manifest
+    from ckptman.format.columns import expand  # as above
+
+    for tensor in manifest.sharded.tensors:
+        _check_kind(tensor, manifest)
+    tensors = expand(manifest.sharded, manifest.files, manifest.block_nbytes)
+    return msgspec.structs.replace(manifest, tensors=(*manifest.tensors, *tensors), sharded=msgspec.UNSET)
 
 
 def _check_head(manifest: Manifest) -> None:
@@ -184,13 +248,6 @@ def _check_head(manifest: Manifest) -> None:
         split_rank(name)
         if not _is_of_a_rank(name, manifest):
             raise FormatError(f"component {name!r} is of a rank that did not save, or of none of this checkpoint's own")
-
-
-def check_utc(*times: datetime) -> None:
-    """Raise ValueError unless all *times* are in UTC."""
-    for time in times:
-        if time.utcoffset():
-            raise ValueError(f"the time {time.isoformat()} is not in UTC")
 
 
 def _check_file(file: File) -> None:
@@ -211,14 +268,17 @@ def _is_of_a_rank(part: str, manifest: Manifest) -> bool:
     return component in manifest.components and rank < manifest.world_size
 
 
-def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
+def _check_kind(tensor: Tensor | ShardedTensor, manifest: Manifest) -> None:
     _check_tensor_name(tensor.name, manifest)
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None:
+    if tensor.dtype not in DTYPES:
         raise FormatError(f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
     if len(tensor.shape) > MAX_NDIM:
         raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
-    nbytes = math.prod(tensor.shape) * dtype.itemsize
+
+
+def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
+    _check_kind(tensor, manifest)
+    nbytes = tensor.nbytes
     if len(tensor.chunks) == 1 and tensor.chunks[0].offset is None and tensor.chunks[0].shape is None:
         _check_place(tensor.chunks[0], nbytes, tensor, manifest)  # a whole in one piece, as most are
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -147,9 +147,9 @@ def read_header(header: bytes, file_nbytes: int) -> dict[str, Span]:
     return spans
 
 
-def check_header(header: bytes, file: File, index: int, manifest: Manifest) -> list[str]:
+def check_header(header: bytes, file: File, held: Iterable[tuple[Tensor, Chunk]], manifest: Manifest) -> list[str]:
     """
-    Compare the header of *file*, number *index* of *manifest*, with what the manifest says.
+    Compare the header of *file* with what *manifest* says: that it holds the chunks *held*.
 
     Keys, dtypes, shapes and byte ranges must be exactly the same. A borrowed file may hold more keys than the
     manifest needs, since the attempt that it belongs to needs them.
@@ -163,13 +163,11 @@ def check_header(header: bytes, file: File, index: int, manifest: Manifest) -> l
         return [str(error)]
     differences = []
     claimed = set()
-    for tensor in manifest.tensors:
-        for chunk in tensor.chunks:
-            if chunk.file == index:
-                key = chunk_key(chunk, tensor)
-                claimed.add(key)
-                if found.get(key) != (claim := _claim(chunk, tensor)):
-                    differences.append(f"{key!r}: the manifest says {claim}, the header {found.get(key, 'nothing')}")
+    for tensor, chunk in held:
+        key = chunk_key(chunk, tensor)
+        claimed.add(key)
+        if found.get(key) != (claim := _claim(chunk, tensor)):
+            differences.append(f"{key!r}: the manifest says {claim}, the header {found.get(key, 'nothing')}")
     if file.path.startswith(f"{manifest.attempt}/"):
         differences += [f"{key!r} is in the header, but not in the manifest" for key in found if key not in claimed]
     return differences

@@ -25,7 +25,7 @@ import msgspec
 import torch
 
 from ckptman.format.digest import block_digest, blocks
-from ckptman.format.manifest import File, Manifest, Tensor, box_of
+from ckptman.format.manifest import Chunk, File, Manifest, ManyChunks, Tensor, box_of
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.state.capture import Captured, Leaf
 from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
@@ -71,7 +71,7 @@ class _Lender:
     """
 
     manifest: Manifest
-    tensors: dict[Key, Tensor]
+    tensors: _ByChunk
     steady: set[Key] = field(default_factory=set)  # equal in the last two checkpoints
     lively: set[Key] = field(default_factory=set)  # expected unchanged once, and had changed
 
@@ -86,17 +86,17 @@ class Borrowing:
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
         before = self._lender
-        tensors = _by_chunk(manifest.tensors)
+        tensors = _ByChunk(manifest.tensors)
         lender = _Lender(manifest, tensors)
         if before is not None:
             old = before.tensors
-            lender.steady = {name for name, new in tensors.items() if name in old and _same_bytes(old[name], new)}
+            lender.steady = {key for key, new in tensors.known.items() if key in old and _same_bytes(old[key], new)}
             lender.lively = before.lively - lender.steady
         self._lender = lender
 
     def restored(self, manifest: Manifest, names: Collection[str]) -> None:
         """The tensors *names* of *manifest* were read, and every byte of them was right."""
-        self._lender = _Lender(manifest, _by_chunk(tensor for tensor in manifest.tensors if tensor.name in names))
+        self._lender = _Lender(manifest, _ByChunk(tensor for tensor in manifest.tensors if tensor.name in names))
 
     def find(
         self, captured: Mapping[str, Captured], *, trained: Collection[int], attempts: Collection[str]
@@ -130,13 +130,41 @@ def _key(tensor: Tensor) -> Key:
     return tensor.name, tensor.chunks[0].offset
 
 
-def _by_chunk(tensors: Iterable[Tensor]) -> dict[Key, Tensor]:
-    chunks = (
-        tensor if len(tensor.chunks) == 1 else msgspec.structs.replace(tensor, chunks=(chunk,))
-        for tensor in tensors
-        for chunk in tensor.chunks
-    )
-    return {_key(tensor): tensor for tensor in chunks}
+class _ByChunk:
+    """Chunks as tensors of their own. Of tensors in many pieces, most of which others hold, only those asked for."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.known: dict[Key, Tensor] = {}
+        self._sharded: dict[str, tuple[Tensor, ManyChunks]] = {}
+        for tensor in tensors:
+            if isinstance(tensor.chunks, ManyChunks):
+                self._sharded[tensor.name] = tensor, tensor.chunks
+            elif len(tensor.chunks) == 1:
+                self.known[_key(tensor)] = tensor
+            else:
+                self.known |= {(tensor.name, chunk.offset): _only(tensor, chunk) for chunk in tensor.chunks}
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self.known or self._find(key)
+
+    def __getitem__(self, key: Key) -> Tensor:
+        if key not in self:
+            raise KeyError(key)
+        return self.known[key]
+
+    def _find(self, key: Key) -> bool:
+        name, offset = key
+        if name not in self._sharded or offset is None:
+            return False
+        tensor, chunks = self._sharded[name]
+        chunk = chunks.at(offset)
+        if chunk is not None:
+            self.known[key] = _only(tensor, chunk)
+        return chunk is not None
+
+
+def _only(tensor: Tensor, chunk: Chunk) -> Tensor:
+    return msgspec.structs.replace(tensor, chunks=(chunk,))
 
 
 def _is_expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> bool:

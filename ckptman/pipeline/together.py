@@ -18,11 +18,12 @@ import msgspec
 
 from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, RankLost, SaveFailed, UnsupportedState
 from ckptman.format.catalog import Entry
-from ckptman.format.manifest import Component, File, Manifest, Tensor, box_of
+from ckptman.format.manifest import Component, File, Manifest, Tensor
 from ckptman.format.names import rank_name
 from ckptman.pipeline.engine import Source
 from ckptman.pipeline.loss import find_out, give_up
 from ckptman.pipeline.ranks import Ranks
+from ckptman.pipeline.reports import Report, joined, report_of
 from ckptman.pipeline.saving import Job, Saved, commit_entry, manifest_of, put_manifest
 from ckptman.pipeline.sharing import Shared
 from ckptman.pipeline.stream import StagingStopped
@@ -30,14 +31,6 @@ from ckptman.pipeline.writing import write_files
 from ckptman.repository.ownership import Ownership
 from ckptman.repository.repository import checkpoint_of
 from ckptman.storage.base import Storage
-
-
-class _Report(msgspec.Struct, frozen=True):
-    """What a rank has written: files, chunks that count within them, and the values that are its own."""
-
-    files: list[File]
-    tensors: list[Tensor]
-    own: dict[str, tuple[str, bytes]]
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -123,18 +116,20 @@ def write_together(
         Fenced: Another writer took the root over; nothing was committed.
         CommitUnknown: A rank or the storage was lost, and nobody would say whether the commit landed.
     """
-    written: list[_Report] = []
+    written: list[Manifest] = []
 
     def part() -> bytes:
         try:
-            written.append(_write_part(storage, job, shared, source))
+            files, tensors = _write_part(storage, shared, source)
+            written.append(_own_manifest(job, shared.attempt, files, tensors))
+            own = {name: (job.captured[name].kind, job.captured[name].values) for name in shared.own_values}
+            return msgspec.msgpack.encode(report_of(files, tensors, own))
         except Exception as error:
             raise failed(job.step, error) from error
-        return msgspec.msgpack.encode(written[0])
 
     def conclusion(parts: list[bytes]) -> bytes:
         assert owner is not None
-        reports = [msgspec.msgpack.decode(one, type=_Report) for one in parts]
+        reports = [msgspec.msgpack.decode(one, type=Report) for one in parts]
         try:
             manifest = _manifest(owner, job, shared.attempt, reports)
             entry, pruned = commit_entry(owner, job, put_manifest(storage, manifest, tags=job.tags))
@@ -156,7 +151,7 @@ def write_together(
         raise
     return Saved(
         checkpoint=checkpoint_of(outcome.entry, storage.url),
-        manifest=_own_manifest(job, shared.attempt, written[0]),
+        manifest=written[0],
         pruned=tuple(outcome.pruned),
     )
 
@@ -168,17 +163,16 @@ def failed(step: int, error: Exception) -> CkptmanError:
     return SaveFailed(f"saving step {step} failed, nothing was committed: {error}", step=step)
 
 
-def _write_part(storage: Storage, job: Job, shared: Shared, source: Source) -> _Report:
+def _write_part(storage: Storage, shared: Shared, source: Source) -> tuple[list[File], list[Tensor]]:
     files, tensors = write_files(storage, shared.attempt, source.files, source.slots, source.arena)
     if files:
         storage.persist([shared.attempt])  # perhaps another machine than that of rank 0 made the names
     source.confirm()
-    own = {name: (job.captured[name].kind, job.captured[name].values) for name in shared.own_values}
-    return _Report([*files, *source.borrowed.files], [*tensors, *source.borrowed.behind(len(files))], own)
+    return [*files, *source.borrowed.files], [*tensors, *source.borrowed.behind(len(files))]
 
 
-def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[_Report]) -> Manifest:
-    files, tensors = _joined(reports)
+def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[Report]) -> Manifest:
+    files, tensors = joined(reports)
     manifest = manifest_of(owner, job, attempt, after=owner.newest.number, files=files, tensors=tensors)
     own = {
         rank_name(name, rank): Component(kind=kind, values=msgspec.Raw(values))
@@ -194,37 +188,7 @@ def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[_Repor
     )
 
 
-def _joined(reports: Sequence[_Report]) -> tuple[list[File], list[Tensor]]:
-    """All files, each once, and all tensors with their chunks from all ranks, in the order of their boxes."""
-    numbers: dict[str, int] = {}
-    files: list[File] = []
-    pieces: dict[str, list[Tensor]] = {}
-    for report in reports:
-        for file in report.files:
-            if file.path not in numbers:
-                numbers[file.path] = len(files)
-                files.append(file)
-        for tensor in report.tensors:
-            chunks = tuple(
-                msgspec.structs.replace(chunk, file=numbers[report.files[chunk.file].path]) for chunk in tensor.chunks
-            )
-            pieces.setdefault(tensor.name, []).append(msgspec.structs.replace(tensor, chunks=chunks))
-    return files, [_one(parts) for parts in pieces.values()]
-
-
-def _one(parts: list[Tensor]) -> Tensor:
-    first = parts[0]
-    for part in parts:
-        if (part.dtype, part.shape) != (first.dtype, first.shape):
-            raise SaveFailed(
-                f"{first.name} is {first.dtype} {list(first.shape)} on one rank and {part.dtype} {list(part.shape)} on "
-                "another"
-            )
-    chunks = sorted((chunk for part in parts for chunk in part.chunks), key=lambda chunk: box_of(chunk, first))
-    return msgspec.structs.replace(first, chunks=tuple(chunks))
-
-
-def _own_manifest(job: Job, attempt: str, report: _Report) -> Manifest:
+def _own_manifest(job: Job, attempt: str, files: Sequence[File], tensors: Sequence[Tensor]) -> Manifest:
     """What one rank knows to be right in the new checkpoint: what it may borrow from."""
     return Manifest(
         root="",
@@ -236,8 +200,8 @@ def _own_manifest(job: Job, attempt: str, report: _Report) -> Manifest:
         metrics={},
         preempted=False,
         components={},
-        files=tuple(report.files),
-        tensors=tuple(report.tensors),
+        files=tuple(files),
+        tensors=tuple(tensors),
         aliases={},
         environment={},
     )

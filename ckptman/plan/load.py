@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptman.format.dtypes import DTYPES
-from ckptman.format.manifest import Chunk, Tensor, box_of
+from ckptman.format.manifest import Chunk, ManyChunks, Tensor, box_of
 from ckptman.format.tiling import Box
 from ckptman.plan.boxes import Band, bands, contiguous, intersect, within
 
@@ -63,7 +63,8 @@ def needs(tensor: Tensor, wanted: Sequence[Box]) -> list[Need]:
     *Not* checked: whether the chunks cover the boxes; the manifest's own rules say that they cover the tensor.
     """
     found = []
-    for chunk in tensor.chunks:
+    chunks = tensor.chunks
+    for chunk in chunks.touching(wanted) if isinstance(chunks, ManyChunks) else chunks:
         if not chunk.nbytes:
             continue
         stored = box_of(chunk, tensor)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptman.errors import CkptmanError, FormatError, IntegrityError
 from ckptman.format.catalog import Entry
-from ckptman.format.manifest import Manifest
+from ckptman.format.manifest import File, Manifest
 from ckptman.format.safetensors_layout import check_header
 from ckptman.repository.reading import CheckedReader, Part, parts_of
 from ckptman.repository.repository import Repository
@@ -37,12 +37,13 @@ def verify(repository: Repository, entry: Entry, *, progress: Progress = lambda 
     except (IntegrityError, FormatError) as error:
         return [_fault(error, f"{entry.attempt}/manifest.json")]
     reader = CheckedReader(repository.storage, manifest)
-    return [fault for index in range(len(manifest.files)) for fault in _verify_file(reader, manifest, index, progress)]
+    files = zip(manifest.files, parts_of(manifest), strict=True)
+    return [fault for file, parts in files for fault in _verify_file(reader, manifest, file, parts, progress)]
 
 
-def _verify_file(reader: CheckedReader, manifest: Manifest, index: int, progress: Progress) -> Iterator[Fault]:
-    file = manifest.files[index]
-    parts = parts_of(manifest)[index]
+def _verify_file(
+    reader: CheckedReader, manifest: Manifest, file: File, parts: list[Part], progress: Progress
+) -> Iterator[Fault]:
     try:
         header = reader.header(file)
     except IntegrityError as error:
@@ -50,19 +51,18 @@ def _verify_file(reader: CheckedReader, manifest: Manifest, index: int, progress
         if "bytes instead of" not in str(error):
             return
     else:
-        for what in check_header(header, file, index, manifest):
+        for what in check_header(header, file, [(part.tensor, part.chunk) for part in parts], manifest):
             yield Fault(file=file.path, tensor=None, what=what)
     while parts:
-        parts, fault = _read_until_fault(reader, manifest, index, parts, progress)
+        parts, fault = _read_until_fault(reader, file, parts, progress)
         if fault is not None:
             yield fault
 
 
 def _read_until_fault(
-    reader: CheckedReader, manifest: Manifest, index: int, parts: list[Part], progress: Progress
+    reader: CheckedReader, file: File, parts: list[Part], progress: Progress
 ) -> tuple[list[Part], Fault | None]:
     """Read *parts*; stop at the first fault. What is left to read, and the fault."""
-    file = manifest.files[index]
     done = 0
     try:
         for part in reader.chunks(file, parts, lambda tensor, chunk: None):

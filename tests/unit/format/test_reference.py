@@ -21,6 +21,7 @@ from ckptman.format.manifest import (
     MAX_MANIFEST_NBYTES,
     MAX_NDIM,
     Chunk,
+    Manifest,
     Tensor,
     read_manifest,
     write_manifest,
@@ -34,6 +35,11 @@ from ckptman.format.values import Marker, from_json, to_json
 REFERENCE = (Path(__file__).parents[3] / "docs" / "reference" / "format.md").read_text("utf-8")
 (READER,) = re.findall(r"```python\n(.*?)```", REFERENCE, re.DOTALL)
 ATTEMPT = "step-000000000002.w0001.0a1b2c3d"
+
+
+def held(manifest: Manifest) -> list[tuple[Tensor, Chunk]]:
+    """The chunks of a manifest with one file."""
+    return [(tensor, chunk) for tensor in manifest.tensors for chunk in tensor.chunks]
 
 
 def example() -> dict[str, bytes]:
@@ -91,7 +97,7 @@ def test_the_example_is_what_we_write() -> None:
     (file,) = manifest.files
     data = files[file.path]
     assert len(data) == file.nbytes
-    assert check_header(data[: 8 + file.header_nbytes], file, 0, manifest) == []
+    assert check_header(data[: 8 + file.header_nbytes], file, held(manifest), manifest) == []
     for tensor in manifest.tensors:
         (chunk,) = tensor.chunks
         assert chunk.digests == digests(data[chunk.start : chunk.start + chunk.nbytes])
@@ -174,7 +180,7 @@ def test_the_reader_reads_boxes(root: Path) -> None:
         files=(replace(manifest.files[0], header_digest=block_digest(header)),),
         tensors=(manifest.tensors[0], Tensor(name=weight.name, dtype=weight.dtype, shape=weight.shape, chunks=halves)),
     )
-    assert check_header(header, changed.files[0], 0, changed) == []
+    assert check_header(header, changed.files[0], held(changed), changed) == []
     written = write_manifest(changed)
     (root / ATTEMPT / "manifest.json").write_bytes(written)
     (root / ATTEMPT / "model.safetensors").write_bytes(header + data[len(header) :])

@@ -20,7 +20,7 @@ import torch
 from ckptman.errors import FormatError
 from ckptman.format.digest import block_digest
 from ckptman.format.dtypes import DTYPES
-from ckptman.format.manifest import Manifest
+from ckptman.format.manifest import Chunk, Manifest, Tensor
 from ckptman.format.safetensors_layout import (
     Layout,
     Wanted,
@@ -32,6 +32,11 @@ from ckptman.format.safetensors_layout import (
 )
 
 ODD_NAMES = ["__metadata__", "", "a/b", "../x", "é😀", "\0", '"\\', "x" * 1000, "\u2028", " ", "__metadata__~", "dtype"]
+
+
+def held(manifest: Manifest) -> list[tuple[Tensor, Chunk]]:
+    """The chunks of a manifest with one file."""
+    return [(tensor, chunk) for tensor in manifest.tensors for chunk in tensor.chunks]
 
 
 def filled(layout: Layout, seed: int = 0) -> bytes:
@@ -252,7 +257,7 @@ def test_the_four_bytes_are_right() -> None:
 def test_a_header_agrees_with_its_manifest(layout: Layout, manifest: Manifest) -> None:
     """No differences; the file's description holds the header's size and digest."""
     file = manifest.files[0]
-    assert check_header(layout.header, file, 0, manifest) == []
+    assert check_header(layout.header, file, held(manifest), manifest) == []
     assert (file.header_nbytes, file.nbytes) == (len(layout.header) - 8, layout.nbytes)
     assert file.header_digest == block_digest(layout.header)
 
@@ -277,7 +282,7 @@ def test_differences_are_named(layout: Layout, manifest: Manifest, change: Chang
     tree = json.loads(layout.header[8:])
     change(tree)
     header = with_header(json.dumps(tree, separators=(",", ":")).encode().ljust(len(layout.header) - 8))
-    differences = " ".join(check_header(header, manifest.files[0], 0, manifest))
+    differences = " ".join(check_header(header, manifest.files[0], held(manifest), manifest))
     for word in words:
         assert word in differences
 
@@ -286,9 +291,9 @@ def test_a_borrowed_file_may_hold_more(layout: Layout, manifest: Manifest) -> No
     """Its own attempt needs the rest; but what this manifest claims must be there."""
     file = msgspec.structs.replace(manifest.files[0], path="step-000000000001.w0001.00000000/model.safetensors")
     fewer = msgspec.structs.replace(manifest, files=(file,), tensors=manifest.tensors[:2])
-    assert check_header(layout.header, file, 0, fewer) == []
+    assert check_header(layout.header, file, held(fewer), fewer) == []
     own = msgspec.structs.replace(fewer, files=manifest.files)
-    assert len(check_header(layout.header, own.files[0], 0, own)) == 2
+    assert len(check_header(layout.header, own.files[0], held(own), own)) == 2
 
 
 def test_the_tables_are_all_there() -> None:

@@ -1,0 +1,21 @@
+"""The types of fields that several documents have."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated
+
+import msgspec
+
+from ckptman.format.names import MAX_STEP
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_STEP)]
+Utc = Annotated[datetime, msgspec.Meta(tz=True)]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+
+
+def check_utc(*times: datetime) -> None:
+    """Raise ValueError unless all *times* are in UTC."""
+    for time in times:
+        if time.utcoffset():
+            raise ValueError(f"the time {time.isoformat()} is not in UTC")
