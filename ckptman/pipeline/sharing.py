@@ -30,6 +30,7 @@ from ckptman.errors import SaveFailed
 from ckptman.format.digest import Hasher, sha256
 from ckptman.format.names import rank_name
 from ckptman.format.ranks import own_name
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.ranks import Ranks
 from ckptman.plan.save import Held, Share, assign
 from ckptman.state.capture import Captured, Leaf
@@ -306,6 +307,7 @@ def _differ(openings: list[_Opening], digests: Callable[[_Part], object]) -> boo
     return any(parts[0].kind in _TRAINED and len({digests(part) for part in parts}) > 1 for parts in by_component)
 
 
+@no_search_for_cycles()
 def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
     """The plan of every rank."""
     details = [msgspec.msgpack.decode(part, type=_Details) for part in parts]
@@ -318,9 +320,9 @@ def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
         held.append([])
         own_leaves.append([])
         for index, (item, sample) in enumerate(zip(detail.held, detail.samples, strict=True)):
-            like, like_sample = first.setdefault(item.name, (item, sample))
-            is_like = (item.dtype, item.shape, sample) == (like.dtype, like.shape, like_sample)
-            if rank and (item.name.partition("/")[0] in own or not is_like):
+            like, like_sample = first.get(item.name) or first.setdefault(item.name, (item, sample))
+            is_like = item.shape == like.shape and item.dtype == like.dtype and sample == like_sample
+            if rank and (not is_like or (own and item.name.partition("/")[0] in own)):
                 own_leaves[-1].append(index)
                 held[-1].append(msgspec.structs.replace(item, name=own_name(item.name, rank)))
                 if not is_like:
