@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptman.errors import FormatError
@@ -84,6 +84,7 @@ def stored(shapes: list[tuple[tuple[int, int], tuple[int, int]]], *, block: int 
 matrices = st.tuples(st.tuples(st.integers(1, 6), st.integers(1, 6)), st.tuples(st.integers(1, 4), st.integers(1, 3)))
 
 
+@settings(deadline=None)
 @given(st.lists(matrices, min_size=1, max_size=6), st.sampled_from([8, 16, BLOCK]))
 def test_what_was_written_comes_back(shapes: list[tuple[tuple[int, int], tuple[int, int]]], block: int) -> None:
     """Every chunk with its place, box and digests, for any grids, with several blocks to a chunk; the bytes too."""
@@ -96,6 +97,7 @@ def test_what_was_written_comes_back(shapes: list[tuple[tuple[int, int], tuple[i
     assert [tensor.files for tensor in again.tensors] == [tensor.files for tensor in manifest.tensors]
 
 
+@settings(deadline=None)
 @given(st.lists(matrices, min_size=1, max_size=6))
 def test_reports_of_all_ranks_are_one_checkpoint(shapes: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
     """Each rank reports what is in its file; rank 0 has what one process would have said."""
@@ -117,6 +119,7 @@ def test_reports_of_all_ranks_are_one_checkpoint(shapes: list[tuple[tuple[int, i
     assert {tensor.name: tensor for tensor in again.tensors} == by_name
 
 
+@settings(deadline=None)
 @given(matrices, st.data())
 def test_what_a_box_needs_is_found(matrix: tuple[tuple[int, int], tuple[int, int]], data: st.DataObject) -> None:
     """As many chunks, and the same, as if all were looked at; and one that begins at a place is found by it."""
@@ -217,7 +220,7 @@ def test_a_small_document_takes_no_memory() -> None:
 
 
 def test_time_and_size_grow_with_the_number_of_chunks() -> None:
-    """500 tensors on 32 and on 128 ranks: four times the chunks cost about four times as much; 22 bytes for a digest."""
+    """500 tensors on 32 and 128 ranks: four times the chunks cost about four times as much; a digest is 22 bytes."""
     costs = []
     for ranks in (32, 128):
         manifest = stored([((1024, 4), (ranks, 1))] * 500)

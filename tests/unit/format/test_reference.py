@@ -27,7 +27,7 @@ from ckptman.format.manifest import (
     write_manifest,
 )
 from ckptman.format.names import MAX_METRICS, manifest_key
-from ckptman.format.safetensors_layout import check_header
+from ckptman.format.safetensors_layout import Wanted, check_header, lay_out
 from ckptman.format.tiling import MAX_SPLIT_NDIM
 from ckptman.format.value_tags import FIELDS
 from ckptman.format.values import Marker, from_json, to_json
@@ -188,6 +188,35 @@ def test_the_reader_reads_boxes(root: Path) -> None:
     entry = replace(record.checkpoints[0], manifest=sha256(written))
     (root / "catalog" / "000000000003.json").write_bytes(write_record(replace(record, number=3, checkpoints=(entry,))))
     assert read_with_the_reader(root)[1]["model/weight"].tolist() == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_the_reader_reads_pieces(root: Path) -> None:
+    """The same tensor in two files, as two ranks write it: the manifest has it in many pieces."""
+    files = example()
+    manifest = read_manifest(files[f"{ATTEMPT}/manifest.json"], ATTEMPT)
+    _, weight = manifest.tensors
+    listed, chunks = list(manifest.files), []
+    for rank, rows in enumerate(([1.0, 2.0], [3.0, 4.0])):
+        layout = lay_out([Wanted(name="weight", dtype="float32", shape=(1, 2))])
+        raw = np.array(rows, "float32").tobytes()
+        file = layout.file(f"{ATTEMPT}/part{rank}.safetensors")
+        (root / file.path).write_bytes(layout.header + raw)
+        listed.append(file)
+        place = {"file": rank + 1, "start": layout.tensors[0].start, "offset": (rank, 0), "shape": (1, 2)}
+        chunks.append(Chunk(nbytes=8, digests=digests(raw), **place))
+    changed = replace(
+        manifest, files=tuple(listed), tensors=(manifest.tensors[0], replace(weight, chunks=tuple(chunks)))
+    )
+    written = write_manifest(changed)
+    assert list(json.loads(written)["body"]["sharded"]) == ["tensors", "cuts", "layouts", "files"]
+    (root / ATTEMPT / "manifest.json").write_bytes(written)
+    record = read_record(files["catalog/000000000002.json"], 2)
+    entry = replace(record.checkpoints[0], manifest=sha256(written))
+    (root / "catalog" / "000000000003.json").write_bytes(write_record(replace(record, number=3, checkpoints=(entry,))))
+    assert read_with_the_reader(root)[1]["model/weight"].tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    (root / ATTEMPT / "part1.safetensors").write_bytes(layout.header + raw[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        read_with_the_reader(root)
 
 
 def test_the_reader_refuses_every_damaged_byte(root: Path) -> None:

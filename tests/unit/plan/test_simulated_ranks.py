@@ -1,20 +1,13 @@
-"""What 5,000 tensors on many ranks cost rank 0, simulated: the target, and that it grows linearly."""
+"""What 5,000 tensors on 64 ranks cost rank 0 at every save, simulated."""
 
 from __future__ import annotations
-
-import gc
 
 from benchmarks.planning import simulate
 
 
-def test_planning_is_fast_and_grows_with_the_number_of_ranks() -> None:
-    """CPU time for a plan, and for all that every save makes of the manifest: below 1 s for 64 ranks on an idle core."""
-    gc.collect()
-    few, many = simulate(5000, 16), simulate(5000, 64)
-    steps = ("join_s", "write_s", "read_s")
-    assert many["chunks"] == 4 * few["chunks"] == 320_000
-    assert many["plan_s"] < 3  # 0.6 s on an idle core
-    assert sum(many[step] for step in steps) < 3  # 0.4 s
-    for step in ("plan_s", "read_s"):
-        assert many[step] < 10 * max(few[step], 0.02)
-    assert many["manifest_bytes_per_chunk"] < 25
+def test_the_manifest_of_many_ranks_is_small_and_fast() -> None:
+    """CPU time to join all reports, write the manifest and read it: 0.4 s on an idle core; 23 bytes for each chunk."""
+    found = simulate(5000, 64, plans=False)
+    assert found["chunks"] == 320_000
+    assert found["join_s"] + found["write_s"] + found["read_s"] < 3
+    assert found["manifest_bytes_per_chunk"] < 25
