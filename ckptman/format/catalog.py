@@ -16,7 +16,7 @@ from ckptman.format.fields import Count, Utc, check_utc
 from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import JsonMetrics, check_metrics
 from ckptman.format.names import FORMAT, check_attempt, check_component, check_data_key, check_tag, is_attempt_at
-from ckptman.format.sealed import seal, unseal
+from ckptman.format.sealed import Torn, seal, unseal
 from ckptman.storage.base import Buffer
 
 MAX_RECORD_NBYTES = 256 << 20
@@ -102,8 +102,8 @@ def read_record(data: Buffer, number: int) -> Record:
     The record in *data*, which was found under *number*.
 
     Raises:
-        Torn: The bytes differ from what was written.
-        FormatError: A rule of the format is broken, the format is newer, or it was written under another number.
+        Torn: The bytes differ from what was written there; also those of another record, whose file was renamed.
+        FormatError: A rule of the format is broken, or the format is newer.
     """
     what = f"catalog record {number}"
     return _checked(unseal(data, Record, what), number, what)
@@ -135,7 +135,7 @@ def read_newest(data: Buffer, number: int) -> Record:
 def _checked(record: Record, number: int, what: str) -> Record:
     _check(record, what)
     if record.number != number:
-        raise FormatError(f"{what} was written as record {record.number}: was the file renamed?")
+        raise Torn(f"{what} was written as record {record.number}: was the file renamed?")
     return record
 
 

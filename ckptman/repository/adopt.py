@@ -12,7 +12,7 @@ from ckptman.format.digest import sha256
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, read_manifest
 from ckptman.format.names import manifest_key
 from ckptman.repository.head import attempts, has_manifest
-from ckptman.storage.base import KeyMissing, Storage
+from ckptman.storage.base import KeyMissing, NotAFile, Storage
 
 
 def adopt(storage: Storage, listed: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -45,6 +45,6 @@ def complete_entry(storage: Storage, attempt: str) -> Entry | None:
         manifest = read_manifest(data, attempt)
         if any(storage.size(file.path) != file.nbytes for file in manifest.files):
             return None
-    except (KeyMissing, FormatError):
+    except (KeyMissing, NotAFile, FormatError):
         return None
     return entry_of(manifest, sha256(data))

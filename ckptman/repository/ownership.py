@@ -28,7 +28,7 @@ from ckptman.repository.commit import Change, commit, utc_now
 from ckptman.repository.file_lock import RootLock
 from ckptman.repository.head import Head, attempts, has_manifest, read_head
 from ckptman.repository.lease import LIFE_S, Holder, Lease
-from ckptman.repository.sweep import no_longer_needed, tidy, unlisted
+from ckptman.repository.sweep import clear_up, no_longer_needed, tidy
 from ckptman.storage.base import KeyExists, KeyMissing, Storage, Swaps
 
 Lock = RootLock | Lease
@@ -192,7 +192,7 @@ def take(
         root = identify(storage)
         record = commit(storage, change, root=root, what=what, writer_for=next_writer, clock=clock)
         if sweeps:
-            tidy(storage, record, unlisted(storage, record))
+            clear_up(storage, record)
     except BaseException:
         if lock is not None:
             lock.release()

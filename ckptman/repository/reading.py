@@ -15,7 +15,7 @@ import msgspec
 from ckptman.errors import IntegrityError
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor
-from ckptman.storage.base import KeyMissing, Storage
+from ckptman.storage.base import KeyMissing, NotAFile, Storage, lacking
 
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
@@ -87,8 +87,8 @@ class CheckedReader:
         """The safetensors header of *file* (its length field included), after checking the file's size."""
         try:
             nbytes = self._storage.size(file.path)
-        except KeyMissing as error:
-            raise self._damage(f"{file.path} is missing", file) from error
+        except (KeyMissing, NotAFile) as error:
+            raise self._damage(f"{file.path} {lacking(error)}", file) from error
         if nbytes != file.nbytes:
             raise self._damage(f"{file.path} has {nbytes} bytes instead of {file.nbytes}", file)
         header = bytearray(8 + file.header_nbytes)
@@ -168,8 +168,8 @@ class CheckedReader:
     def _fill(self, file: File, start: int, into: memoryview, tensor: Tensor | None) -> None:
         try:
             got = self._storage.read_into(file.path, start, into)
-        except KeyMissing as error:
-            raise self._damage(f"{file.path} is missing", file, tensor) from error
+        except (KeyMissing, NotAFile) as error:
+            raise self._damage(f"{file.path} {lacking(error)}", file, tensor) from error
         if got != len(into):
             raise self._damage(f"{file.path} ends at byte {start + got}, before byte {start + len(into)}", file, tensor)
 

@@ -14,7 +14,7 @@ from ckptman.format.names import manifest_key
 from ckptman.repository.head import Head, read_head
 from ckptman.repository.keep import Mode, ranked
 from ckptman.repository.ownership import refuse_unlisted
-from ckptman.storage.base import KeyMissing, Storage
+from ckptman.storage.base import KeyMissing, NotAFile, Storage, lacking
 from ckptman.types import Checkpoint
 from ckptman.warning import warn
 
@@ -84,8 +84,8 @@ class Repository:
         key = manifest_key(entry.attempt)
         try:
             data = self.storage.read(key, limit=MAX_MANIFEST_NBYTES)
-        except KeyMissing as error:
-            raise IntegrityError(f"step {entry.step}: {key} is missing", step=entry.step, file=key) from error
+        except (KeyMissing, NotAFile) as error:
+            raise IntegrityError(f"step {entry.step}: {key} {lacking(error)}", step=entry.step, file=key) from error
         if sha256(data) != entry.manifest:
             raise IntegrityError(
                 f"step {entry.step}: {key} is damaged: its sha256 is not the one in the catalog",

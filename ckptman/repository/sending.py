@@ -13,7 +13,7 @@ from ckptman.errors import IntegrityError
 from ckptman.format.digest import Hasher, blocks
 from ckptman.format.manifest import File, Manifest
 from ckptman.repository.reading import Part
-from ckptman.storage.base import Buffer, Expects, KeyMissing, Storage
+from ckptman.storage.base import Buffer, Expects, KeyMissing, NotAFile, Storage, lacking
 
 PIECE_NBYTES = 16 << 20
 """What is read and written at a time, in one buffer that begins at a page: what local files like best."""
@@ -68,8 +68,8 @@ def _pages(nbytes: int) -> memoryview:
 def _check_size(source: Storage, file: File, step: int) -> None:
     try:
         nbytes = source.size(file.path)
-    except KeyMissing as error:
-        raise _damage(file, step, "is missing") from error
+    except (KeyMissing, NotAFile) as error:
+        raise _damage(file, step, lacking(error)) from error
     if nbytes != file.nbytes:
         raise _damage(file, step, f"has {nbytes} bytes instead of {file.nbytes}")
 
@@ -77,8 +77,8 @@ def _check_size(source: Storage, file: File, step: int) -> None:
 def _read(source: Storage, file: File, start: int, into: memoryview, step: int) -> None:
     try:
         got = source.read_into(file.path, start, into)
-    except KeyMissing as error:
-        raise _damage(file, step, "is missing") from error
+    except (KeyMissing, NotAFile) as error:
+        raise _damage(file, step, lacking(error)) from error
     if got != len(into):
         raise _damage(file, step, f"ends at byte {start + got}, before byte {start + len(into)}")
 

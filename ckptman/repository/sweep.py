@@ -42,6 +42,19 @@ def tidy(storage: Storage, record: Record, candidates: Iterable[str]) -> None:
         _log.warning("%s: could not delete what is no longer needed, the next writer will: %s", storage.url, error)
 
 
+def clear_up(storage: Storage, record: Record) -> None:
+    """
+    Sweep what writers before that of *record* left when they were killed. A storage that fails here fails nothing.
+
+    Half a marker in the root is among it. Nobody else is writing one now: there is a record, and so a marker.
+    """
+    tidy(storage, record, unlisted(storage, record))
+    try:
+        storage.remove_temporaries("")
+    except StorageError as error:
+        _log.warning("%s: could not delete unfinished files, the next writer will: %s", storage.url, error)
+
+
 def unlisted(storage: Storage, record: Record) -> list[str]:
     """Attempts that *record* does not list and that its writer may therefore sweep: those of older epochs."""
     listed = {entry.attempt for entry in record.checkpoints}

@@ -73,6 +73,15 @@ class KeyMissing(StorageError):
     """Nothing is stored under the key (any more)."""
 
 
+class NotAFile(StorageError):
+    """What lies under the key is nothing that was stored: a symbolic link, or a folder. It was not followed."""
+
+
+def lacking(error: KeyMissing | NotAFile) -> str:
+    """What is the matter with a file that a checkpoint needs, as the end of a sentence about it."""
+    return "is missing" if isinstance(error, KeyMissing) else f"is not there, something else is: {error}"
+
+
 class KeyChanged(StorageError):
     """The key holds another version than was expected. Nothing was changed."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ckptman.errors import StorageError
-from ckptman.storage.base import KeyExists, KeyMissing
+from ckptman.storage.base import KeyExists, KeyMissing, NotAFile
 
 _HINTS = {
     errno.ENOSPC: "the disk is full: free some space, or keep fewer checkpoints",
@@ -28,7 +28,7 @@ def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
     """
     Turn an `OSError` of the block into a `StorageError` that says what *doing* was for and what may help.
 
-    With *missing*, the block reads *key*, so that a name that is not there is `KeyMissing`.
+    With *missing*, the block reads *key*, so that a name that is not there is `KeyMissing`, and a link `NotAFile`.
     """
     try:
         yield
@@ -39,6 +39,8 @@ def reporting(doing: str, key: str, *, missing: bool = False) -> Iterator[None]:
     except OSError as error:
         if missing and error.errno == errno.ENOENT:
             raise KeyMissing.from_os(error, doing, key) from error
+        if missing and error.errno == errno.ELOOP:
+            raise NotAFile.from_os(error, hinted(doing, error), key) from error
         raise StorageError.from_os(error, hinted(doing, error), key) from error
 
 

@@ -54,7 +54,7 @@ from typing import TypeVar
 
 from ckptman.errors import StorageError
 from ckptman.storage.appending import DiskTraits, write_all
-from ckptman.storage.base import Buffer, KeyExists, NotDurable, Stored, check_key, is_key
+from ckptman.storage.base import Buffer, KeyExists, NotAFile, NotDurable, Stored, check_key, is_key
 from ckptman.storage.failures import hinted, reporting
 from ckptman.storage.local_file import NewLocalFile
 from ckptman.storage.local_folders import LocalFolders, folder_of, with_parents
@@ -249,7 +249,7 @@ class LocalStorage:
             def look() -> Result:
                 with self._system.open_read(path) as file:
                     if not stat.S_ISREG(self._system.fstat(file).st_mode):
-                        raise StorageError(f"{key!r} in {self._url} is no regular file", key=key)
+                        raise NotAFile(f"{key!r} in {self._url} is no regular file", key=key)
                     return use(file)
 
             return self._looking.certain(path, look, refuse=lambda: self._folders.refuse_links(folder_of(key)))

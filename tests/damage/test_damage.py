@@ -175,6 +175,24 @@ def test_a_symbolic_link_is_refused(root: Path, what: str) -> None:
     assert says(state, 0)
 
 
+@pytest.mark.parametrize("what", [MANIFEST, WEIGHTS, ""], ids=["manifest", "data", "attempt"])
+def test_what_a_symbolic_link_stands_for_is_damaged(root: Path, what: str) -> None:
+    """Restore walks back to an older checkpoint, and verify names the link; nothing behind it is read."""
+    planted = attempt(root, 3) / what if what else attempt(root, 3)
+    planted.rename(root.parent / "moved")
+    planted.symlink_to(root.parent / "moved")
+    state = state_of(0)
+    with manager_of(root, state) as manager, pytest.warns(DamagedCheckpointWarning, match="symbolic link"):
+        found = manager.restore()
+    assert found is not None
+    assert found.step == 2
+    assert says(state, 2)
+    repository = Repository(LocalStorage(root))
+    faults = verify(repository, repository.entries()[-1])
+    assert faults
+    assert all("symbolic link" in fault.what for fault in faults)
+
+
 def test_if_all_are_damaged_that_is_said(root: Path) -> None:
     """With nothing intact, restore raises: None would mean a new run, which would overwrite the old one."""
     for step in STEPS:
@@ -250,11 +268,18 @@ def test_a_record_of_a_newer_format_names_both(root: Path) -> None:
                 forbidden()
 
 
-def test_a_renamed_record_is_refused(root: Path) -> None:
-    """A record under another number than it was written for would change the order of history."""
+def test_a_renamed_record_is_passed_over(root: Path) -> None:
+    """Under another number it would change the order of history; what it added comes back with the next save."""
     newest_record(root).rename(root / record_key(9))
-    with manager_of(root, state_of(0)) as manager, pytest.raises(FormatError, match="renamed"):
-        manager.restore()
+    state = state_of(0)
+    with manager_of(root, state) as manager:
+        with pytest.warns(DamagedCheckpointWarning, match="record 9"):
+            found = manager.restore()
+        assert found is not None
+        assert found.step == 2
+        assert says(state, 2)
+        manager.save(4, block=True)
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])
