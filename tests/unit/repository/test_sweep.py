@@ -15,6 +15,7 @@ from ckptman.repository.head import read_head
 from ckptman.repository.ownership import take
 from ckptman.repository.sweep import garbage, sweep_attempts, unlisted
 from ckptman.storage.base import StorageError
+from ckptman.storage.local import LocalStorage
 from ckptman.storage.memory import MemoryStorage
 
 
@@ -185,3 +186,13 @@ def test_a_checkpoint_may_only_borrow_what_another_one_needs() -> None:
     assert no_longer_needed([base, borrower], [borrower]) == [base.attempt]
     assert no_longer_needed([borrower], []) == sorted([base.attempt, borrower.attempt])
     assert no_longer_needed([borrower], [borrower]) == []
+
+
+def test_half_a_marker_goes_with_the_next_writer(tmp_path: Path) -> None:
+    """A kill while the root is made may leave a temporary file beside the marker. What is called otherwise stays."""
+    take(LocalStorage(tmp_path), timeout_s=0).release()
+    for name in (".tmp-0123456789abcdef", ".tmp-mine", "notes.txt"):
+        (tmp_path / name).write_bytes(b"half")
+    take(LocalStorage(tmp_path), timeout_s=0).release()
+    found = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert found - {"ckptman.json", "writer.lock"} == {".tmp-mine", "notes.txt"}
