@@ -6,11 +6,10 @@ import secrets
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer, KeyExists, KeyMissing, Stored, check_key
+from ckptman.storage.ending import Ending
 
 
 class MemoryStorage:
@@ -127,41 +126,25 @@ class MemoryStorage:
         return value
 
 
-class NewMemoryFile:
+class NewMemoryFile(Ending[bytearray]):
     """A `NewFile` in a `MemoryStorage`; nobody sees it before ``commit``."""
 
     def __init__(self, storage: MemoryStorage, key: str) -> None:
+        super().__init__(repr(key), bytearray())
         self._storage = storage
         self._key = key
-        self._data: bytearray | None = bytearray()  # None once committed or aborted
 
     def write(self, data: Buffer) -> None:
         """Append all of *data*."""
-        self._open_data().extend(data)
+        self._still().extend(data)
 
     def commit(self) -> None:
         """Store what was written, all at once."""
-        self._storage._finish(self._key, bytes(self._open_data()))
-        self._data = None
+        self._storage._finish(self._key, bytes(self._still()))
+        self._held = None
 
     def abort(self) -> None:
         """Forget what was written; does nothing after a commit."""
-        if self._data is not None:
+        if self._held is not None:
             self._storage._finish(self._key, None)
-            self._data = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.abort()
-        elif self._data is not None:
-            self.commit()
-
-    def _open_data(self) -> bytearray:
-        if self._data is None:
-            raise ValueError(f"{self._key!r} was committed or aborted already: nothing more can be written to it")
-        return self._data
+            self._held = None

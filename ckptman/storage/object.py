@@ -24,8 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -33,6 +32,7 @@ from fsspec.core import url_to_fs
 from ckptman.errors import CkptmanError, StorageError, redact
 from ckptman.storage.base import Buffer, KeyChanged, KeyExists, Stored, check_key, is_key
 from ckptman.storage.driver import AnyDriver, Driver, Upload
+from ckptman.storage.ending import Ending
 from ckptman.storage.foreign import is_presentable, is_transient, ours, secrets_of, without_traceback
 from ckptman.storage.probe import excludes
 from ckptman.storage.retry import Retry
@@ -329,55 +329,39 @@ class ObjectStorage:
             self._being_written.discard(key)
 
 
-class NewObject:
+class NewObject(Ending[Upload]):
     """A `NewFile` in an `ObjectStorage`; nobody sees it before ``commit``."""
 
     def __init__(self, storage: ObjectStorage, key: str, upload: Upload) -> None:
+        super().__init__(repr(key), upload)
         self._storage = storage
         self._key = key
-        self._upload: Upload | None = upload  # None once committed or aborted
 
     def expect(self, nbytes: int) -> None:
         """Prepare for *nbytes* in all; refuse them, before anything is sent, if they can have no place."""
-        upload = self._open_upload()
+        upload = self._still()
         self._storage._guard("create", self._key, lambda driver: upload.expect(nbytes))
 
     def write(self, data: Buffer) -> None:
         """Append all of *data*, which may be changed again when this returns."""
-        upload = self._open_upload()
+        upload = self._still()
         self._storage._guard("create", self._key, lambda driver: upload.write(memoryview(data)))
 
     def commit(self) -> None:
         """Create the object from what was written, or leave nothing."""
-        upload = self._open_upload()
+        upload = self._still()
         try:
             self._storage._guard("create", self._key, lambda driver: upload.finish())
         except BaseException:
             self.abort()
             raise
-        self._upload = None
+        self._held = None
         self._storage._end(self._key)
 
     def abort(self) -> None:
         """Drop what was written; does nothing after a commit. What the server will not drop now is cleaned up later."""
-        upload, self._upload = self._upload, None
+        upload, self._held = self._held, None
         if upload is not None:
             self._storage._end(self._key)
             with suppress(Exception):  # an abort never raises
                 upload.drop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self.abort()
-        elif self._upload is not None:
-            self.commit()
-
-    def _open_upload(self) -> Upload:
-        if self._upload is None:
-            raise ValueError(f"{self._key!r} was committed or aborted already: nothing more can be written to it")
-        return self._upload
