@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
@@ -189,7 +189,7 @@ def _check_head(manifest: Manifest) -> None:
 def check_utc(*times: datetime) -> None:
     """Raise ValueError unless all *times* are in UTC."""
     for time in times:
-        if time.utcoffset():
+        if time.tzinfo is not UTC and time.utcoffset():  # the first: asked of every checkpoint of a catalog
             raise ValueError(f"the time {time.isoformat()} is not in UTC")
 
 
