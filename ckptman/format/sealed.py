@@ -79,10 +79,10 @@ def _decode(text: bytes, kind: type[Document], what: str) -> Document:
         if not text.startswith(_PRESENT):  # to look for it costs as much as to read the whole
             _check_version(msgspec.json.decode(text, type=_Versioned).format, what)
         document = msgspec.json.decode(text, type=kind)
-        _check_version(document.format, what)  # a key that comes twice counts as what it says last
-        return document
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{what} breaks the format: {error}") from error
+    _check_version(document.format, what)  # a key that comes twice counts as what it says last
+    return document
 
 
 def _check_version(version: int, what: str) -> None:

@@ -12,6 +12,7 @@ are cut by the segments.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -144,10 +145,22 @@ def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     if not has_copy_kernel(tensors[0].dtype):  # then they are contiguous: see plain_view
         tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
     if len(region) < _TINY_NBYTES * len(tensors) and all(one.is_cpu and one.is_contiguous() for one in tensors):
-        torch.cat([tensor.view(-1) for tensor in tensors], out=region.view(tensors[0].dtype))
+        _copy_tiny(region, tensors)
         return
     places = _unflatten(region.view(tensors[0].dtype), tensors)
     torch._foreach_copy_(list(places), list(tensors))
+
+
+def _copy_tiny(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """As `_copy_run`, of contiguous host memory, without views: to make one takes longer than to copy a tiny tensor."""
+    if all(one.dim() == 1 for one in tensors):
+        torch.cat(list(tensors), out=region.view(tensors[0].dtype))
+        return
+    at, itemsize = region.data_ptr(), tensors[0].element_size()
+    for tensor in tensors:
+        nbytes = tensor.numel() * itemsize
+        ctypes.memmove(at, tensor.data_ptr(), nbytes)
+        at += nbytes
 
 
 def _copy_chosen(slot: torch.Tensor, run: Run, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
