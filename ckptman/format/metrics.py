@@ -48,4 +48,4 @@ def check_metrics(metrics: JsonMetrics) -> None:
 
 def metrics_from_json(metrics: JsonMetrics) -> dict[str, float]:
     """The numbers again."""
-    return dict(zip(metrics, map(float, metrics.values()), strict=True))
+    return {name: float(value) for name, value in metrics.items()}
