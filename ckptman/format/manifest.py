@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -212,26 +213,27 @@ def _checked(manifest: Manifest, what: str) -> Manifest:
             _check_file(file)
         _check_unique("file", [file.path.lower() for file in manifest.files])
         _check_unique("component", [name.lower() for name in manifest.components])
+        known: set[str] = set()  # what tensors belong to
         for tensor in manifest.tensors:
-            _check_tensor(tensor, manifest)
-        manifest = _expanded(manifest)
+            _check_tensor(tensor, manifest, known)
+        manifest = _expanded(manifest, known)
         names = _check_unique("tensor", [tensor.name for tensor in manifest.tensors])
         for alias, name in manifest.aliases.items():
             if alias in names or name not in names:
                 raise FormatError(f"alias {alias!r} of {name!r}: the one must be no tensor, the other must be one")
-            _check_tensor_name(alias, manifest)
+            _check_tensor_name(alias, manifest, known)
     except ValueError as error:  # FormatError is one
         raise FormatError(f"{what} breaks the format: {error}") from error
     return manifest
 
 
-def _expanded(manifest: Manifest) -> Manifest:
+def _expanded(manifest: Manifest, known: set[str]) -> Manifest:
     if manifest.sharded is msgspec.UNSET:
         return manifest
     from ckptman.format.columns import expand  # as above
 
     for tensor in manifest.sharded.tensors:
-        _check_kind(tensor, manifest)
+        _check_kind(tensor, manifest, known)
     tensors = expand(manifest.sharded, manifest.files, manifest.block_nbytes)
     return msgspec.structs.replace(manifest, tensors=(*manifest.tensors, *tensors), sharded=msgspec.UNSET)
 
@@ -256,9 +258,11 @@ def _check_file(file: File) -> None:
         raise FormatError(f"{file.path!r} cannot have {file.nbytes} bytes with a header of {file.header_nbytes}")
 
 
-def _check_tensor_name(name: str, manifest: Manifest) -> None:
-    component, slash, rest = name.partition("/")
-    if not slash or not rest or not (component in manifest.components or _is_of_a_rank(component, manifest)):
+def _check_tensor_name(name: str, manifest: Manifest, known: set[str]) -> None:
+    component, _, rest = name.partition("/")
+    if component not in known and (component in manifest.components or _is_of_a_rank(component, manifest)):
+        known.add(component)
+    if not rest or component not in known:
         raise FormatError(f"tensor {name!r} belongs to no component of this checkpoint")
 
 
@@ -268,20 +272,22 @@ def _is_of_a_rank(part: str, manifest: Manifest) -> bool:
     return component in manifest.components and rank < manifest.world_size
 
 
-def _check_kind(tensor: Tensor | ShardedTensor, manifest: Manifest) -> None:
-    _check_tensor_name(tensor.name, manifest)
+def _check_kind(tensor: Tensor | ShardedTensor, manifest: Manifest, known: set[str]) -> None:
+    _check_tensor_name(tensor.name, manifest, known)
     if tensor.dtype not in DTYPES:
         raise FormatError(f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
     if len(tensor.shape) > MAX_NDIM:
         raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
 
 
-def _check_tensor(tensor: Tensor, manifest: Manifest) -> None:
-    _check_kind(tensor, manifest)
+def _check_tensor(tensor: Tensor, manifest: Manifest, known: set[str]) -> None:
+    _check_kind(tensor, manifest, known)
     nbytes = tensor.nbytes
-    if len(tensor.chunks) == 1 and tensor.chunks[0].offset is None and tensor.chunks[0].shape is None:
-        _check_place(tensor.chunks[0], nbytes, tensor, manifest)  # a whole in one piece, as most are
-        return
+    if len(tensor.chunks) == 1:
+        (chunk,) = tensor.chunks
+        if chunk.offset is None and chunk.shape is None:
+            _check_place(chunk, nbytes, tensor, manifest)  # a whole in one piece, as most are
+            return
     stored = 0
     for chunk in tensor.chunks:
         _check_chunk(chunk, tensor, manifest)
@@ -316,12 +322,12 @@ def _check_place(chunk: Chunk, nbytes: int, tensor: Tensor, manifest: Manifest) 
 
 
 def _check_unique(what: str, names: Iterable[str]) -> frozenset[str]:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise FormatError(f"the {what} {name!r} is listed twice")
-        seen.add(name)
-    return frozenset(seen)
+    every = list(names)
+    unique = frozenset(every)
+    if len(unique) < len(every):
+        twice = next(name for name, count in Counter(every).items() if count > 1)
+        raise FormatError(f"the {what} {twice!r} is listed twice")
+    return unique
 
 
 def box_of(chunk: Chunk, tensor: Tensor) -> Box:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(msgspec.Struct, frozen=True, gc=False):
     """A torch tensor, stored under this name."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayRef:
+class ArrayRef(msgspec.Struct, frozen=True, gc=False):
     """A NumPy array, stored as the tensor of this name."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class TorchDtype:
+class TorchDtype(msgspec.Struct, frozen=True, gc=False):
     """A torch dtype, such as ``float32``."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class TorchDevice:
+class TorchDevice(msgspec.Struct, frozen=True, gc=False):
     """A torch device, such as ``cuda:0``."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class TorchSize:
+class TorchSize(msgspec.Struct, frozen=True, gc=False):
     """A ``torch.Size``."""
 
     sizes: tuple[int, ...]

@@ -42,7 +42,7 @@ def check_metrics(metrics: JsonMetrics) -> None:
         raise ValueError(f"at most {MAX_METRICS} metrics, got {len(metrics)}")
     for name, value in metrics.items():
         check_metric(name)
-        if isinstance(value, float) and not math.isfinite(value):
+        if type(value) is float and not math.isfinite(value):
             raise ValueError(f"metric {name!r} is {value}, which JSON cannot say as a number")
 
 

@@ -10,7 +10,7 @@ a catalog record whose predecessor is gone, a manifest whose catalog is gone.
 from __future__ import annotations
 
 import re
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -19,9 +19,18 @@ from ckptman.format.digest import sha256
 from ckptman.format.names import FORMAT
 from ckptman.storage.base import Buffer
 
-Document = TypeVar("Document", bound=msgspec.Struct)
+
+class _Document(Protocol):
+    @property
+    def format(self) -> int: ...
+
+
+Document = TypeVar("Document", bound=_Document)
 
 _ENVELOPE = re.compile(rb'\{"sha256":"([0-9a-f]{64})","body":(\{.*\})\}\n', re.DOTALL)
+
+_PRESENT = b'{"format":%d,' % FORMAT
+"""How a body of this format begins, as `seal` writes it."""
 
 
 class Torn(FormatError):
@@ -59,20 +68,25 @@ def unseal(data: Buffer, kind: type[Document], what: str) -> Document:
         FormatError: It is whole, but of a newer format, or breaks the rules of its kind.
     """
     envelope = _ENVELOPE.fullmatch(data)
-    if envelope is None or sha256(envelope[2]).encode() != envelope[1]:
+    body = b"" if envelope is None else envelope[2]
+    if envelope is None or sha256(body).encode() != envelope[1]:
         raise Torn(f"{what} is damaged: its bytes do not match the digest that it carries")
-    return _decode(envelope[2], kind, what)
+    return _decode(body, kind, what)
 
 
 def _decode(text: bytes, kind: type[Document], what: str) -> Document:
     try:
-        version = msgspec.json.decode(text, type=_Versioned).format
-        if version > FORMAT:
-            raise NewerFormat(
-                f"{what} has format {version}, this ckptman reads up to {FORMAT}: install a newer ckptman"
-            )
-        if version < 1:
-            raise FormatError(f"{what} has format {version}, which never was one")
-        return msgspec.json.decode(text, type=kind)
+        if not text.startswith(_PRESENT):  # to look for it costs as much as to read the whole
+            _check_version(msgspec.json.decode(text, type=_Versioned).format, what)
+        document = msgspec.json.decode(text, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise FormatError(f"{what} breaks the format: {error}") from error
+    _check_version(document.format, what)  # a key that comes twice counts as what it says last
+    return document
+
+
+def _check_version(version: int, what: str) -> None:
+    if version > FORMAT:
+        raise NewerFormat(f"{what} has format {version}, this ckptman reads up to {FORMAT}: install a newer ckptman")
+    if version < 1:
+        raise FormatError(f"{what} has format {version}, which never was one")

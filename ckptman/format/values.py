@@ -23,6 +23,7 @@ import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -98,7 +99,7 @@ class _Writing:
 
     def dict(self, values: dict[object, object], path: str, depth: int) -> object:
         tree = self.tree
-        if "$" not in values and all(type(key) is str and is_plain_text(key) for key in values):
+        if "$" not in values and _are_plain_texts(values):
             return {key: tree(value, f"{path}[{key!r}]", depth) for key, value in values.items()}
         return {"$": "dict", "v": self.pairs(values, path, depth)}
 
@@ -123,6 +124,11 @@ class _Writing:
         if tree is None:
             raise _unsupported(value, path)
         return tree
+
+
+def _are_plain_texts(keys: Iterable[object]) -> bool:
+    # all at once: a state may have very many
+    return {str}.issuperset(map(type, keys)) and is_plain_text("".join(cast("Iterable[str]", keys)))
 
 
 def _shown(key: object) -> str:
@@ -179,6 +185,8 @@ _CONTAINERS: dict[type, Callable[..., object]] = {
 
 
 def _marker_tree(marker: Marker) -> object:
+    if type(marker) is TensorRef and marker.name.isascii():  # the short way for what there may be very many of
+        return {"$": "tensor", "v": marker.name}
     if isinstance(marker, TorchSize):
         return {"$": "torch.Size", "v": [_int(size) for size in marker.sizes]}
     return {"$": _MARKER_TAGS[type(marker)], "v": _str(marker.name)}

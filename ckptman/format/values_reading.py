@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import repeat
 
 from ckptman.errors import FormatError
-from ckptman.format.markers import Marker
+from ckptman.format.markers import Marker, TensorRef
 from ckptman.format.strict_json import parse
 from ckptman.format.value_tags import (
     FIELDS,
@@ -27,6 +27,8 @@ from ckptman.format.value_tags import (
 
 MAX_DEPTH = 200
 """Containers within containers, at most."""
+
+_TENSOR = ("$", "tensor")
 
 Resolve = Callable[[Marker], object]
 
@@ -73,6 +75,10 @@ class _Reading:
             return plain_scalar(node)
         if not node or node[0][0] != "$":
             return self._object(node, depth)
+        if len(node) == 2 and node[0] == _TENSOR and node[1][0] == "v":  # the short way for what there is most of
+            text = node[1][1]
+            if type(text) is str and text.isascii():
+                return self._resolve(TensorRef(text))
         name, v, rest = _tag(node)
         if (scalar := SCALARS.get(name)) is not None:
             return scalar(v, **rest)

@@ -17,6 +17,7 @@ Borrowing: a tensor that is as it was in an earlier checkpoint is pointed at, no
 
 from __future__ import annotations
 
+import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, ManyChunks, Tensor, box_of
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.state.capture import Captured, Leaf
-from ckptman.state.tensors import as_bytes, dtype_name, is_row_major, overwrite
+from ckptman.state.tensors import as_bytes, dtype_name, overwrite
 
 WORTHWHILE_SHARE = 0.5
 """The part of a file's data that must be borrowed for any of it to be."""
@@ -37,8 +38,14 @@ WORTHWHILE_NBYTES = 1 << 20
 """And how many bytes. Fewer cost less to write than to depend on another attempt's folder for."""
 
 
+_TINY_NBYTES = 4096
+
 Key = tuple[str, tuple[int, ...] | None]
 """A leaf, or a stored chunk: the name of its tensor, and where in that it begins (None: it is the whole)."""
+
+
+_Pair = tuple[Leaf, Tensor]
+"""A leaf and what is stored of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +101,7 @@ class Borrowing:
             lender.lively = before.lively - lender.steady
         self._lender = lender
 
+    @no_search_for_cycles()
     def restored(self, manifest: Manifest, names: Collection[str]) -> None:
         """The tensors *names* of *manifest* were read, and every byte of them was right."""
         self._lender = _Lender(manifest, _ByChunk(tensor for tensor in manifest.tensors if tensor.name in names))
@@ -113,10 +121,10 @@ class Borrowing:
         if lender is None or lender.manifest.attempt not in attempts:
             return Borrowed()
         expected = [
-            leaf
+            (leaf, stored)
             for part in captured.values()
             for leaf in part.leaves
-            if _is_expected(leaf, lender, trained) and _agrees(leaf, lender.tensors[key_of(leaf)])
+            if (stored := _expected(leaf, lender, trained)) is not None and _agrees(leaf, stored)
         ]
         return _borrow(lender, _unchanged(expected, lender))
 
@@ -167,11 +175,12 @@ def _only(tensor: Tensor, chunk: Chunk) -> Tensor:
     return msgspec.structs.replace(tensor, chunks=(chunk,))
 
 
-def _is_expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> bool:
+def _expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> Tensor | None:
+    """What is stored of *leaf*, if there is a reason to expect it unchanged."""
     key = key_of(leaf)
-    if key not in lender.tensors:
-        return False
-    return key in lender.steady or (key not in lender.lively and leaf.tensor.data_ptr() not in trained)
+    if key in lender.steady or (key not in lender.lively and leaf.tensor.data_ptr() not in trained):
+        return lender.tensors.get(key)
+    return None
 
 
 def _agrees(leaf: Leaf, stored: Tensor) -> bool:
@@ -184,22 +193,21 @@ def _agrees(leaf: Leaf, stored: Tensor) -> bool:
     )
 
 
-def _unchanged(leaves: Iterable[Leaf], lender: _Lender) -> list[Tensor]:
-    """The stored tensors of those *leaves* that are unchanged, of the files that are worth it."""
-    by_file: defaultdict[int, list[Leaf]] = defaultdict(list)
-    for leaf in leaves:
-        by_file[lender.tensors[key_of(leaf)].chunks[0].file].append(leaf)
+def _unchanged(expected: Iterable[_Pair], lender: _Lender) -> list[Tensor]:
+    """The stored tensors of those leaves that are unchanged, of the files that are worth it."""
+    by_file: defaultdict[int, list[_Pair]] = defaultdict(list)
+    for pair in expected:
+        by_file[pair[1].chunks[0].file].append(pair)
     return [tensor for index, found in by_file.items() for tensor in _unchanged_of_file(index, found, lender)]
 
 
-def _unchanged_of_file(index: int, leaves: list[Leaf], lender: _Lender) -> list[Tensor]:
+def _unchanged_of_file(index: int, expected: list[_Pair], lender: _Lender) -> list[Tensor]:
     """Nothing, as soon as so much has changed that the file is not worth it: the rest is not hashed."""
     file = lender.manifest.files[index]
-    stored = [lender.tensors[key_of(leaf)] for leaf in leaves]
     enough = max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes))
-    to_spare = sum(tensor.chunks[0].nbytes for tensor in stored) - enough
+    to_spare = sum(tensor.chunks[0].nbytes for _, tensor in expected) - enough
     unchanged = []
-    for leaf, tensor in zip(leaves, stored, strict=True):
+    for leaf, tensor in expected:
         if to_spare < 0:
             return []
         if _is_unchanged(leaf.tensor, tensor, lender.manifest.block_nbytes):
@@ -212,11 +220,14 @@ def _unchanged_of_file(index: int, leaves: list[Leaf], lender: _Lender) -> list[
 
 def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bool:
     """Whether the live bytes have the stored digests; stops at the first block that has not."""
-    if not tensor.is_cpu or not is_row_major(tensor):
+    digests, nbytes = stored.chunks[0].digests, stored.chunks[0].nbytes
+    if not tensor.is_cpu or not tensor.is_contiguous():  # a leaf is strided, and has no bit that negates it
         copy = torch.empty(tensor.shape, dtype=tensor.dtype)
         overwrite(copy, tensor)
         tensor = copy
-    data, digests = as_bytes(tensor), stored.chunks[0].digests
+    elif nbytes < _TINY_NBYTES:  # a view takes four times as long as the digest; the sizes are known to agree
+        return block_digest(memoryview((ctypes.c_char * nbytes).from_address(tensor.data_ptr()))) == digests[0]
+    data = as_bytes(tensor)
     if len(digests) == 1:
         return block_digest(data) == digests[0]
     return all(
@@ -226,11 +237,8 @@ def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bo
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    return (one.dtype, one.shape, [chunk.digests for chunk in one.chunks]) == (
-        other.dtype,
-        other.shape,
-        [chunk.digests for chunk in other.chunks],
-    )
+    """Of two stored chunks. Digests first: where tensors change, that settles it."""
+    return one.chunks[0].digests == other.chunks[0].digests and one.dtype == other.dtype and one.shape == other.shape
 
 
 def _borrow(lender: _Lender, tensors: list[Tensor]) -> Borrowed:

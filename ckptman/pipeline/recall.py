@@ -14,6 +14,7 @@ import msgspec
 from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Manifest, read_manifest
+from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.ranks import Ranks
 from ckptman.repository.both import Placed
 from ckptman.repository.repository import Repository, Which, all_damaged
@@ -74,7 +75,8 @@ def recall(
             return None, skipped
         placed = Placed(chosen.entry, chosen.is_mirrored)
         try:
-            manifest = read_manifest(chosen.manifest, chosen.entry.attempt)
+            with no_search_for_cycles():
+                manifest = read_manifest(chosen.manifest, chosen.entry.attempt)
             return load(roots.of(placed), chosen.entry, manifest), skipped
         except IntegrityError as error:
             damaged = placed, error

@@ -24,14 +24,19 @@ class Head:
     Attributes:
         number: The highest number that is taken, by a whole record or by a damaged one; 0 for an empty catalog.
         record: The newest whole record; None where there is none.
-        sha256: Of that record's file.
+        data: That record's file.
         damaged: Numbers above ``record`` whose bytes are wrong, newest first.
     """
 
     number: int = 0
     record: Record | None = None
-    sha256: str | None = None
+    data: bytes = b""
     damaged: tuple[int, ...] = ()
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the newest whole record's file; None where there is none."""
+        return None if self.record is None else sha256(self.data)
 
 
 def read_head(storage: Storage, *, read: Callable[[bytes, int], Record] = read_record) -> Head:
@@ -58,7 +63,7 @@ def read_head(storage: Storage, *, read: Callable[[bytes, int], Record] = read_r
                 except Torn:
                     damaged.append(number)
                     continue
-                return Head(number=numbers[-1], record=record, sha256=sha256(data), damaged=tuple(damaged))
+                return Head(number=numbers[-1], record=record, data=data, damaged=tuple(damaged))
             return Head(number=numbers[-1], damaged=tuple(damaged))
         except KeyMissing:
             continue  # swept between our listing and our read, so there are newer ones: list again

@@ -82,12 +82,15 @@ class Ownership:
         with self._mutex:
             before = self.newest
             try:
-                record = commit(self.storage, change, root=self.root, what=what, writer_for=self._still_ours)
+                record = commit(
+                    self.storage, change, root=self.root, what=what, writer_for=self._still_ours, known=before
+                )
             except Fenced as error:
                 self._lost_to = str(error)
                 raise
             self.newest = record
-            tidy(self.storage, record, no_longer_needed(before.checkpoints, record.checkpoints))
+            dropped = no_longer_needed(before.checkpoints, record.checkpoints)
+            tidy(self.storage, record, dropped, swept=before)
         return record
 
     def discard(self, attempt: str) -> None:

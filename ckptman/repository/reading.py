@@ -27,6 +27,10 @@ Memory = Callable[[Tensor, Chunk], memoryview | None]
 """Where a chunk's bytes shall go; None to check them only."""
 
 
+Place = Callable[["Sequence[Part]", memoryview], None]
+"""Puts parts where they belong, given the bytes from the beginning of the first one to the end of the last."""
+
+
 class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One chunk of one tensor."""
 
@@ -104,10 +108,15 @@ class CheckedReader:
             if piece.is_last:
                 yield from piece.parts
 
-    def read(self, file: File, piece: Piece, memory: Memory) -> None:
-        """Read *piece* of *file* into *memory*, and check it. Pieces may be read by several threads at a time."""
+    def read(self, file: File, piece: Piece, memory: Memory, *, place: Place | None = None) -> None:
+        """
+        Read *piece* of *file* into *memory*, and check it. Pieces may be read by several threads at a time.
+
+        What was read together is given to *place*, where there is one, instead of being copied into *memory*.
+        """
         if piece.block is None:
-            self._read_span(file, piece.parts, memory)
+            span = self._read_span(file, piece.parts)
+            (place or _placing_in(memory))(piece.parts, span)
         else:
             self._read_block(file, piece.parts[0], piece.block, memory)
 
@@ -150,20 +159,21 @@ class CheckedReader:
         self._fill(file, part.chunk.start + start, view, part.tensor)
         self._check(file, part, block, view)
 
-    def _read_span(self, file: File, span: Sequence[Part], memory: Memory) -> None:
+    def _read_span(self, file: File, span: Sequence[Part]) -> memoryview:
+        """The bytes from the first of *span* to the end of the last; those of the parts are right."""
         first = span[0].chunk.start
         scratch = memoryview(bytearray(span[-1].stop - first))
         self._fill(file, first, scratch, span[0].tensor)
         for part in span:
-            view = scratch[part.chunk.start - first : part.stop - first]
-            if len(part.chunk.digests) == 1:
+            chunk = part.chunk
+            at = chunk.start - first
+            view = scratch[at : at + chunk.nbytes]
+            if len(chunk.digests) == 1:
                 self._check(file, part, 0, view)
             else:
-                for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
+                for index, (start, stop) in enumerate(blocks(chunk.nbytes, self._manifest.block_nbytes)):
                     self._check(file, part, index, view[start:stop])
-            into = memory(part.tensor, part.chunk)
-            if into is not None:
-                into[:] = view
+        return scratch
 
     def _fill(self, file: File, start: int, into: memoryview, tensor: Tensor | None) -> None:
         try:
@@ -187,13 +197,27 @@ class CheckedReader:
         return IntegrityError(f"step {step}: {what}", step=step, file=file.path, tensor=tensor.name if tensor else None)
 
 
+def _placing_in(memory: Memory) -> Place:
+    def place(parts: Sequence[Part], span: memoryview) -> None:
+        first = parts[0].chunk.start
+        for part in parts:
+            into = memory(part.tensor, part.chunk)
+            if into is not None:
+                into[:] = span[part.chunk.start - first : part.stop - first]
+
+    return place
+
+
 def _spans(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Group neighbours so that no group reaches over more than `SPAN_NBYTES`, unless it is one large chunk."""
     span: list[Part] = []
+    first = end = 0
     for part in parts:
-        if span and (part.stop - span[0].chunk.start > SPAN_NBYTES or part.chunk.start - span[-1].stop > _GAP_NBYTES):
+        start, stop = part.chunk.start, part.stop
+        if span and (stop - first > SPAN_NBYTES or start - end > _GAP_NBYTES):
             yield span
             span = []
+        first, end = first if span else start, stop
         span.append(part)
     if span:
         yield span

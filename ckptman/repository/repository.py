@@ -63,7 +63,8 @@ class Repository:
 
     def checkpoints(self) -> list[Checkpoint]:
         """What exists, oldest commit first. Raises as ``head`` does."""
-        return [self.checkpoint(entry) for entry in self.entries()]
+        url = self.storage.url
+        return [checkpoint_of(entry, url) for entry in self.entries()]
 
     def checkpoint(self, entry: Entry) -> Checkpoint:
         """*entry* as people see it."""

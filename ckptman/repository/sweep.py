@@ -29,15 +29,18 @@ KEPT_RECORDS = 100
 """How many records stay, for ``ckptman log``, and as older truths to fall back to."""
 
 
-def tidy(storage: Storage, record: Record, candidates: Iterable[str]) -> None:
+def tidy(storage: Storage, record: Record, candidates: Iterable[str], *, swept: Record | None = None) -> None:
     """
     Sweep *candidates* and old records after *record* was committed.
+
+    *swept* is the record after which this was done before, by the same writer: nothing is looked for that was there
+    then. That saves a listing for every commit.
 
     A storage that fails here fails nothing: the commit stands, and what stays is swept by the next writer.
     """
     try:
         sweep_attempts(storage, record, candidates)
-        sweep_records(storage, record)
+        sweep_records(storage, record, swept=swept)
     except StorageError as error:
         _log.warning("%s: could not delete what is no longer needed, the next writer will: %s", storage.url, error)
 
@@ -106,7 +109,15 @@ def _is_ours(name: str) -> bool:
     return name == MANIFEST or (name.endswith(".safetensors") and "/" not in name)
 
 
-def sweep_records(storage: Storage, record: Record) -> None:
-    """Delete records that are more than `KEPT_RECORDS` below *record*, lowest first, and torn temporary files."""
-    storage.delete([record_key(n) for n in record_numbers(storage) if n <= record.number - KEPT_RECORDS])
-    storage.remove_temporaries(CATALOG)
+def sweep_records(storage: Storage, record: Record, *, swept: Record | None = None) -> None:
+    """
+    Delete records that are more than `KEPT_RECORDS` below *record*, lowest first, and torn temporary files.
+
+    After *swept*, if there is one, only the records that have become old since.
+    """
+    oldest = record.number - KEPT_RECORDS  # of those that go it is the newest
+    if swept is None:
+        storage.delete([record_key(number) for number in record_numbers(storage) if number <= oldest])
+        storage.remove_temporaries(CATALOG)
+    elif oldest > 0:
+        storage.delete([record_key(number) for number in range(max(1, swept.number - KEPT_RECORDS + 1), oldest + 1)])

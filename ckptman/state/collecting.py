@@ -16,7 +16,16 @@ from ckptman.format.numpy_values import is_inline, numpy_tree
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, to_json
 from ckptman.state.dtensor import is_sharded, shards
 from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
-from ckptman.state.tensors import address, check_savable, dtype_name, is_plain, is_storable, plain_view, tie_key
+from ckptman.state.tensors import (
+    address,
+    check_savable,
+    dtype_name,
+    is_ordinary,
+    is_plain,
+    is_storable,
+    plain_view,
+    tie_key,
+)
 
 _SPECIAL = re.compile(r"""['"\[\]]""")
 _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
@@ -61,7 +70,8 @@ class Collector:
         self._notes: dict[str, Note] = {}
         self._taken: set[str] = set()
         # by address, under which most tensors are alone; they are kept, for it stays theirs only while they live
-        self._seen: defaultdict[int, list[tuple[TensorRef, torch.Tensor]]] = defaultdict(list)
+        self._seen: dict[int, _Met] = {}
+        self._neighbours: defaultdict[int, list[_Met]] = defaultdict(list)  # further ones at the same address
 
     def document(self, tree: object) -> bytes:
         """
@@ -90,6 +100,8 @@ class Collector:
         Raises:
             UnsupportedState: It is of a kind that cannot be saved.
         """
+        if is_ordinary(tensor):
+            return self._strided(name, tensor, anchored=anchored)
         check_savable(tensor, path)
         if not is_plain(tensor):
             if is_sharded(tensor):
@@ -113,13 +125,16 @@ class Collector:
 
     def _met(self, full: str, tensor: torch.Tensor) -> TensorRef:
         """The reference to *tensor*: under the name that it has already where it was met before, else under *full*."""
-        neighbours = self._seen[address(tensor)]
-        for ref, other in neighbours:
+        place, fresh = address(tensor), (TensorRef(full), tensor)
+        first = self._seen.setdefault(place, fresh)
+        if first is fresh:
+            return fresh[0]
+        for ref, other in (first, *self._neighbours[place]):
             if _is_one(tensor, other):
                 self.aliases[full] = ref.name
                 return ref
-        neighbours.append((TensorRef(full), tensor))
-        return neighbours[-1][0]
+        self._neighbours[place].append(fresh)
+        return fresh[0]
 
     def _sharded(self, name: str, tensor: torch.Tensor, path: str) -> TensorRef:
         full = self._unique(name)
@@ -196,6 +211,10 @@ class Collector:
             full = f"{stem}~{count}"
         self._taken.add(full)
         return full
+
+
+_Met = tuple[TensorRef, torch.Tensor]
+"""A tensor, and what refers to it."""
 
 
 def _is_one(tensor: torch.Tensor, other: torch.Tensor) -> bool:

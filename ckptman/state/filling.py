@@ -102,9 +102,8 @@ class Filling:
         if live is None:
             return self._new(ref.name, note, device)
         key = tie_key(live)
-        if not self._claim(ref.name, live, key):
-            return None
-        return self._in_place(ref.name, note, live, key)
+        holder = self._claim(ref.name, live, key)
+        return None if holder is None else self._in_place(ref.name, note, live, key, holder=holder)
 
     def place_array(self, stored: Stored, ref: ArrayRef, live: np.ndarray | None) -> Give | None:
         """Find a target for the NumPy array *ref*; as `place`."""
@@ -113,14 +112,17 @@ class Filling:
             view = torch.from_numpy(live)
             if is_fillable(view):
                 key = tie_key(view)
-                taken = self._claim(ref.name, view, key)
-                return _after(live, [self._in_place(ref.name, note, view, key)]) if taken else None
+                holder = self._claim(ref.name, view, key)
+                if holder is None:
+                    return None
+                return _after(live, [self._in_place(ref.name, note, view, key, holder=holder)])
         give = self._new(ref.name, note, CPU)
         return lambda: _to_array(give(), note, live)
 
-    def _claim(self, name: str, live: torch.Tensor, key: TieKey) -> bool:
+    def _claim(self, name: str, live: torch.Tensor, key: TieKey) -> str | None:
+        """The stored tensor that fills the place of *live*: *name*, or one of the same bytes. None: neither."""
         holder, _ = self._claims.setdefault(key, (name, live))
-        return holder == name or _same_bytes(self._tensors[holder], self._tensors[name])
+        return holder if holder == name or _same_bytes(self._tensors[holder], self._tensors[name]) else None
 
     def _new(self, name: str, note: Note, device: torch.device | None) -> GiveTensor:
         if name not in self.targets:
@@ -128,8 +130,8 @@ class Filling:
         given = self._objects[name]
         return lambda: given
 
-    def _in_place(self, name: str, note: Note, live: torch.Tensor, key: TieKey) -> GiveTensor:
-        if self._claims[key][0] != name:
+    def _in_place(self, name: str, note: Note, live: torch.Tensor, key: TieKey, *, holder: str) -> GiveTensor:
+        if holder != name:
             return lambda: live  # filled as the one that claimed it, whose bytes are the same
         if name not in self.targets:
             self._target(name, note, live, None)

@@ -16,7 +16,7 @@ from ckptman.format.ranks import component_of, own_name
 from ckptman.format.values import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize, from_json
 from ckptman.state.dtensor import is_sharded
 from ckptman.state.layouts import ARRAY, PARTS, SUBCLASS, Note, take_subclass_apart
-from ckptman.state.tensors import dtype_name, dtype_of, is_plain
+from ckptman.state.tensors import dtype_name, dtype_of, is_ordinary, is_plain
 
 Document = TypeVar("Document")
 
@@ -83,6 +83,9 @@ class Stored:
     def agrees(self, ref: TensorRef, live: torch.Tensor) -> bool:
         """Whether *live* can hold exactly what is stored as *ref*: class, layout, dtype, shape."""
         note = self.note(ref)
+        if note is _PLAIN and is_ordinary(live):
+            known = self.tensors[ref.name]
+            return live.shape == known.shape and dtype_name(live.dtype) == known.dtype
         if is_sharded(live):
             stored = self.tensors.get(ref.name)
             return stored is not None and live.shape == stored.shape and dtype_name(live.dtype) == stored.dtype
@@ -90,9 +93,6 @@ class Stored:
             return not is_plain(live) and self._subclass_agrees(note, live)
         if not is_plain(live):
             return False
-        if note is _PLAIN and live.layout is torch.strided:
-            stored = self.tensors[ref.name]
-            return live.shape == stored.shape and dtype_name(live.dtype) == stored.dtype
         if str(live.layout) != f"torch.{note.layout}":
             return False
         values = self.tensors[note.parts["values"] if note.parts else ref.name]
@@ -149,6 +149,8 @@ def _convert(tree: object, kind: type[Document], name: str) -> Document:
 
 def _resolve(marker: Marker) -> object:
     """Torch's own small objects for their markers; tensors and arrays stay markers until they are placed."""
+    if isinstance(marker, TensorRef):
+        return marker
     if isinstance(marker, TorchDtype):
         return dtype_of(marker.name)
     if isinstance(marker, TorchSize):

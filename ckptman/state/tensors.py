@@ -105,7 +105,7 @@ def plain_view(tensor: torch.Tensor) -> torch.Tensor:
 
 def tie_key(tensor: torch.Tensor) -> TieKey:
     """Equal for two live strided tensors that are one: the same elements of the same memory, read the same way."""
-    if is_sharded(tensor):
+    if not is_plain(tensor) and is_sharded(tensor):
         held = dtensor.local(tensor)
         return (*(tie_key(held) if held.numel() else (id(tensor),)), tensor.shape)
     if tensor.numel() == 0:
@@ -116,7 +116,7 @@ def tie_key(tensor: torch.Tensor) -> TieKey:
 
 def address(tensor: torch.Tensor) -> int:
     """Equal for tensors that are one, and for few others: `tie_key` tells. Empty ones have no address but their own."""
-    held = dtensor.local(tensor) if is_sharded(tensor) else tensor
+    held = tensor if is_plain(tensor) or not is_sharded(tensor) else dtensor.local(tensor)
     return held.data_ptr() or id(tensor)
 
 
@@ -133,7 +133,7 @@ def overlaps_itself(tensor: torch.Tensor) -> bool:
 
 def is_fillable(tensor: torch.Tensor) -> bool:
     """Whether a reader may write into *tensor*, from any thread, what its bytes are to be."""
-    if is_sharded(tensor):
+    if not is_plain(tensor) and is_sharded(tensor):
         return is_fillable(dtensor.local(tensor))
     if tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
         return False
@@ -215,7 +215,7 @@ def check_savable(tensor: torch.Tensor, path: str) -> None:
     Raises:
         UnsupportedState: It has not; the message says what to do.
     """
-    if _is_ordinary(tensor):
+    if is_ordinary(tensor):
         return
     if is_sharded(tensor):
         check_savable(dtensor.local(tensor), path)
@@ -225,8 +225,12 @@ def check_savable(tensor: torch.Tensor, path: str) -> None:
             raise UnsupportedState(f"cannot save {path}: {reason}", path=path)
 
 
-def _is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether none of the obstacles can apply: asked of every tensor, so it has to be quick."""
+def is_ordinary(tensor: torch.Tensor) -> bool:
+    """
+    Whether *tensor* is of torch's own classes, strided, and savable without looking further.
+
+    Asked of every tensor, so it has to be quick.
+    """
     return (
         is_plain(tensor)
         and tensor.layout is torch.strided

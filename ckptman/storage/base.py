@@ -16,6 +16,7 @@ Every failure of the medium is a `StorageError`, raised here and nowhere above.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 MAX_KEY_LENGTH = 512
 
 
+@functools.lru_cache(4096)  # the same keys come again with every listing of a catalog
 def check_key(key: str) -> str:
     """
     Return *key* if it names something inside a root on every operating system.

@@ -9,7 +9,7 @@ from ckptman.errors import FormatError
 from ckptman.format.catalog import Record, read_record
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import Manifest, read_manifest, write_manifest
-from ckptman.format.sealed import Torn, seal, unseal
+from ckptman.format.sealed import NewerFormat, Torn, seal, unseal
 
 
 class Note(msgspec.Struct, forbid_unknown_fields=True):
@@ -98,10 +98,20 @@ def test_whole_but_wrong_is_a_format_error(body: bytes) -> None:
     assert str(caught.value).startswith("note ")
 
 
-def test_ten_megabytes_of_brackets_are_refused_at_once() -> None:
+@pytest.mark.parametrize("version", [b"1", b" 1"], ids=["as written", "looked for"])
+def test_ten_megabytes_of_brackets_are_refused_at_once(version: bytes) -> None:
     """Nesting costs neither stack nor time."""
-    with pytest.raises(FormatError, match=r"recursion|depth|nest"):
-        unseal(sealed(b'{"format":1,"text":' + b"[" * 10_000_000 + b"}"), Note, "note")
+    with pytest.raises(FormatError, match=r"recursion|depth|nest|got `array`"):
+        unseal(sealed(b'{"format":%s,"text":' % version + b"[" * 10_000_000 + b"}"), Note, "note")
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"format":1,"text":"","format":2}', b'{"text":"","format":2}', b'{"format":2,"new":1}']
+)
+def test_a_newer_format_is_found_wherever_the_body_says_it(body: bytes) -> None:
+    """A body that begins as ours do is not asked first; it may still say something else further on."""
+    with pytest.raises(NewerFormat):
+        unseal(sealed(body), Note, "note")
 
 
 def test_what_json_cannot_say_is_not_sealed() -> None:

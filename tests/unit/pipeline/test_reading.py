@@ -69,6 +69,16 @@ def test_every_target_is_filled_exactly(tmp_path: Path, threads: int) -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("ckptman-read")]
 
 
+@pytest.mark.parametrize("length", [16, 18])
+def test_a_target_of_another_size_is_refused_and_nothing_beside_it_is_touched(tmp_path: Path, length: int) -> None:
+    """Bytes are placed by address: a target must have exactly as many as are stored."""
+    storage, manifest = stored(tmp_path)
+    around = torch.full((length + 2,), 7.0)
+    with pytest.raises(ValueError, match=rf"'a/17' has {4 * length} bytes, not 68"):
+        fill(storage, manifest, {"a/17": around[1:-1]})
+    assert torch.equal(around, torch.full((length + 2,), 7.0))
+
+
 def test_damage_in_any_block_is_named_and_the_first_one_wins(tmp_path: Path) -> None:
     """Every block of the large tensors, alone and with damage behind it: always the same error."""
     storage, manifest = stored(tmp_path)

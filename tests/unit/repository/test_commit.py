@@ -10,13 +10,13 @@ import msgspec
 import pytest
 
 from ckptman.errors import CommitUnknown, Fenced, FormatError, StorageError
-from ckptman.format.catalog import Entry, Record
+from ckptman.format.catalog import Entry, Record, write_record
 from ckptman.format.names import record_key
 from ckptman.repository.commit import commit
 from ckptman.repository.head import read_head, read_history, record_numbers
 from ckptman.repository.ownership import Ownership, take
 from ckptman.repository.sweep import KEPT_RECORDS
-from ckptman.storage.base import Buffer, KeyExists, NotDurable
+from ckptman.storage.base import Buffer, KeyExists, NotDurable, Stored
 from ckptman.storage.memory import MemoryStorage
 
 
@@ -199,6 +199,57 @@ def test_old_records_are_swept() -> None:
     numbers = record_numbers(storage)
     assert len(numbers) == KEPT_RECORDS
     assert numbers[-1] == KEPT_RECORDS + 21
+
+
+def test_a_commit_lists_the_catalog_twice() -> None:
+    """Before its put and after it, for the sake of fencing; to find what became old it need not look."""
+
+    class Counting(MemoryStorage):
+        listings = 0
+
+        def listing(self, folder: str) -> list[Stored]:
+            self.listings += 1
+            return super().listing(folder)
+
+    storage = Counting("a")
+    owner = own(storage)
+    for step in range(KEPT_RECORDS + 2):
+        before = storage.listings
+        owner.commit(adding(step), "save")
+        assert storage.listings == before + 2
+
+
+def test_what_an_earlier_writer_could_not_sweep_goes_when_the_next_one_begins() -> None:
+    """A writer deletes what becomes old under it; the next one looks for what stayed."""
+
+    class Stubborn(MemoryStorage):
+        refuses = True
+
+        def delete(self, keys: Iterable[str]) -> None:
+            if self.refuses:
+                raise StorageError("not now")
+            super().delete(keys)
+
+    storage = Stubborn("a")
+    owner = own(storage)
+    for step in range(KEPT_RECORDS + 20):
+        owner.commit(adding(step), "save")
+    assert len(record_numbers(storage)) == KEPT_RECORDS + 21
+    storage.refuses = False
+    own(storage)
+    assert len(record_numbers(storage)) == KEPT_RECORDS
+
+
+def test_a_known_record_counts_only_while_its_bytes_are_there() -> None:
+    """The writer does not check again what it wrote; what somebody else put in its place it reads."""
+    storage = MemoryStorage("a")
+    owner = own(storage)
+    owner.commit(adding(1), "save step 1")
+    other = write_record(msgspec.structs.replace(owner.newest, checkpoints=(entry(7),)))
+    storage.delete([record_key(2)])
+    storage.create(record_key(2), other)
+    owner.commit(adding(2), "save step 2")
+    assert steps(storage) == [7, 2]
 
 
 def test_racing_commits_of_one_writer_lose_nothing() -> None:
