@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks import system
-from ckptman import CheckpointManager
+from ckptman import CheckpointManager, Limits
 
 LAYERS = 4
 
@@ -116,8 +116,9 @@ class Ckptman:
 
     name = "ckptman"
 
-    def __init__(self, folder: Path, rank: int, job: Job) -> None:
-        self._manager = CheckpointManager(folder, {"model": job.model, "optimizer": job.optimizer})
+    def __init__(self, folder: Path, rank: int, job: Job, *, prefault: bool = True) -> None:
+        state = {"model": job.model, "optimizer": job.optimizer}
+        self._manager = CheckpointManager(folder, state, limits=Limits(prefault=prefault))
 
     def save(self, number: int) -> None:
         self._manager.save(number, block=True)

@@ -33,6 +33,7 @@ from ckptman import CheckpointManager
 
 TOOLS: tuple[type[Any], ...] = (Plain, Ckptman, Dcp)
 BEHIND: tuple[type[Any], ...] = (Ckptman, Dcp)
+RESTORING = (partial(Ckptman, prefault=False), Dcp)  # memory that is taken ahead for the next save is not the restore's
 PAUSE_S = 0.2
 EMPTY_SAVES = 20
 MARGIN_NBYTES = 64 << 20
@@ -68,7 +69,7 @@ Repetitions = list[dict[str, dict[str, float]]]
 # ---------------------------------------------------------------------- within a rank
 
 
-def time_all(rank: int, folder: str, mib: int, repetitions: int) -> Repetitions:
+def time_all(rank: int, folder: str, mib: int, repetitions: int, pause_s: float) -> Repetitions:
     """Every tool in every repetition: a blocking save, a restore of it in two ways, an asynchronous save."""
     job, dice = Job(mib), random.Random(0)  # the same order on all ranks
     tools: list[RankTool] = [kind(Path(folder) / kind.name, rank, job) for kind in TOOLS]
@@ -80,7 +81,7 @@ def time_all(rank: int, folder: str, mib: int, repetitions: int) -> Repetitions:
                 job.change()
             dice.shuffle(tools)
             for tool in tools:
-                measured[tool.name] |= what(rank, Path(folder) / tool.name, job, tool, 2 * number)
+                measured[tool.name] |= what(rank, Path(folder) / tool.name, job, tool, 2 * number, pause_s)
         found += [measured] if number else []  # the first one warms up
     for tool in tools:
         tool.close()
@@ -89,12 +90,12 @@ def time_all(rank: int, folder: str, mib: int, repetitions: int) -> Repetitions:
     return found
 
 
-def _saved(rank: int, folder: Path, job: Job, tool: RankTool, number: int) -> dict[str, float]:
-    on_rank_0(rank, lambda: system.settle(PAUSE_S))
+def _saved(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
+    on_rank_0(rank, lambda: system.settle(pause_s))
     return {"save_s": timed(lambda: tool.save(number))}
 
 
-def _loaded(rank: int, folder: Path, job: Job, tool: RankTool, number: int) -> dict[str, float]:
+def _loaded(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
     expected = job.fingerprint()
 
     def loaded() -> float:
@@ -104,13 +105,13 @@ def _loaded(rank: int, folder: Path, job: Job, tool: RankTool, number: int) -> d
             raise AssertionError(f"{tool.name} has not restored what was saved")
         return seconds
 
-    on_rank_0(rank, lambda: (system.drop_caches(folder), system.settle(PAUSE_S)))
+    on_rank_0(rank, lambda: (system.drop_caches(folder), system.settle(pause_s)))
     cold_s = loaded()
     on_rank_0(rank, lambda: [path.read_bytes() for path in system.files(folder)])
     return {"cold_s": cold_s, "cached_s": loaded()}
 
 
-def _saved_behind(rank: int, folder: Path, job: Job, tool: RankTool, number: int) -> dict[str, float]:
+def _saved_behind(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
     if type(tool) not in BEHIND:
         return {}
     asynchronous: RankAsyncTool = tool  # type: ignore[assignment]  # BEHIND has those that are
@@ -122,7 +123,7 @@ def _saved_behind(rank: int, folder: Path, job: Job, tool: RankTool, number: int
         stalls.append(time.perf_counter() - began)
         wait()
 
-    on_rank_0(rank, lambda: system.settle(PAUSE_S))
+    on_rank_0(rank, lambda: system.settle(pause_s))
     return {"durable_s": timed(save), "stall_s": stalls[0]}
 
 
@@ -147,7 +148,7 @@ def take_memory(rank: int, folder: str, mib: int, which: int) -> dict[str, float
         tool.close()
 
     behind = system.extra_nbytes(save_twice)
-    tool = BEHIND[which](Path(folder), rank, job)
+    tool = RESTORING[which](Path(folder), rank, job)
     restore = system.extra_nbytes(lambda: tool.load(2))
     tool.close()
     return {"behind_nbytes": behind, "restore_nbytes": restore, "nbytes": sum(map(len, job.parts()))}
@@ -156,10 +157,10 @@ def take_memory(rank: int, folder: str, mib: int, which: int) -> dict[str, float
 # ---------------------------------------------------------------------- the run
 
 
-def run(folder: Path, mib: int, repetitions: int) -> dict[str, Any]:
+def run(folder: Path, mib: int, repetitions: int, *, pause_s: float = PAUSE_S) -> dict[str, Any]:
     """Everything, as a document."""
     began, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    by_rank = in_ranks(time_all, str(folder / "times"), mib, repetitions)
+    by_rank = in_ranks(time_all, str(folder / "times"), mib, repetitions, pause_s)
     shutil.rmtree(folder / "times")
     found: Repetitions = by_rank[0]
     for measured, *others in zip(*by_rank, strict=True):

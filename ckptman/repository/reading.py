@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
 from ckptman.errors import IntegrityError
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor
-from ckptman.storage.base import KeyMissing, Storage
+from ckptman.storage.base import KeyMissing
 
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
@@ -25,6 +26,14 @@ _GAP_NBYTES = 64 << 10
 
 Memory = Callable[[Tensor, Chunk], memoryview | None]
 """Where a chunk's bytes shall go; None to check them only."""
+
+
+class Readable(Protocol):
+    """What is asked of a storage here: see `ckptman.storage.base.Storage`."""
+
+    def read_into(self, key: str, start: int, into: memoryview) -> int: ...
+
+    def size(self, key: str) -> int: ...
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -79,7 +88,7 @@ def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[lis
 class CheckedReader:
     """Reads the files of one checkpoint. Every method raises `IntegrityError` naming step, file and tensor."""
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Readable, manifest: Manifest) -> None:
         self._storage = storage
         self._manifest = manifest
 
@@ -119,6 +128,10 @@ class CheckedReader:
             self._fill(file, part.chunk.start + start, block, part.tensor)
             self._check(file, part, index, block)
             yield start, block
+
+    def fetch(self, file: File, start: int, into: memoryview) -> None:
+        """Fill *into* with the bytes of *file* from *start* on, *unchecked*: for whoever has them checked by others."""
+        self._fill(file, start, into, None)
 
     def read_run(self, file: File, part: Part, block: int, run: tuple[int, int], memory: memoryview) -> None:
         """
