@@ -14,6 +14,7 @@ from fleet import run
 from torch.distributed.fsdp import fully_shard
 
 from ckptman import CheckpointManager, CkptmanError, StorageError
+from ckptman.pipeline import spreading
 from ckptman.storage.local import LocalStorage
 
 RANKS = 4
@@ -81,8 +82,12 @@ def _restore_all_ways(rank: int, folder: str) -> dict[str, Any]:
         found["restored"] = _is(state, rank, 2.0)
         found["read"] = Distant.read_nbytes
 
-        if rank == 2:
-            storage.fails = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spreading, "ROUND_NBYTES", 1 << 50)  # more than there is
+            manager.restore()
+        found["read without memory"] = Distant.read_nbytes - found["read"]
+
+        storage.fails = rank == 2
         with pytest.raises(CkptmanError) as caught:
             manager.restore()
         storage.fails = False
@@ -117,6 +122,7 @@ def test_each_replicated_byte_is_fetched_once_by_a_host(tmp_path: Path) -> None:
     assert WHOLE_NBYTES + own < fetched < 1.03 * (WHOLE_NBYTES + own), "and headers"
     most = max(one["read"] for one in found)
     assert most < 1.3 * fetched / RANKS, "dealt out evenly"
+    assert sum(one["read without memory"] for one in found) > RANKS * WHOLE_NBYTES, "each for itself"
     assert {tuple(one["failed"]) for one in found} == {tuple(found[0]["failed"])}
     assert found[0]["failed"][0] == "StorageError"
     assert "the network is down (on rank 2" in found[0]["failed"][1]
