@@ -1,181 +1,234 @@
 """
-Four ranks on one machine: time to durable and to restored, beside plain files of the same bytes and beside torch DCP.
+Four ranks on one machine: durable saves, restores and memory, beside plain files of the same bytes and torch DCP.
 
-    python -m benchmarks.ranks [--mib 400] [--repeats 5]
+    python -m benchmarks.ranks [--mib 400] [--repetitions 5] [--json ranks.json]
 
-Contestants take turns in random order within a repetition; a time is that of the slowest rank, from a barrier to a
-barrier. The page cache is warm for reads. Ratios are medians of those within one repetition.
+A time is that of the slowest rank, from a barrier to a barrier. Contestants take turns in random order within a
+repetition; ratios are medians of those within one. Before each timed block the disk comes to rest, and before each save
+every value was changed, so that nothing can be borrowed. A restore is measured twice: with the files dropped from the
+page cache, and with all of them in it (how a tool has written must not decide that). It counts only if every tensor is
+the saved one. Memory is the peak of the rank that needs most, above what was resident before, in new processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import os
 import random
 import shutil
-import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import fully_shard
-
+from benchmarks import system
+from benchmarks.figures import Target, judge, summarise, values_of
+from benchmarks.rank_fleet import RANKS, in_ranks, on_rank_0, timed
+from benchmarks.rank_tools import Ckptman, Dcp, Job, Plain, RankAsyncTool, RankTool
+from benchmarks.units import unit_for
 from ckptman import CheckpointManager
 
-RANKS = 4
-CHUNK = 16 << 20
-LAYERS = 4
+TOOLS: tuple[type[Any], ...] = (Plain, Ckptman, Dcp)
+BEHIND: tuple[type[Any], ...] = (Ckptman, Dcp)
+RESTORING = (partial(Ckptman, prefault=False), Dcp)  # memory that is taken ahead for the next save is not the restore's
+PAUSE_S = 0.2
+EMPTY_SAVES = 20
+MARGIN_NBYTES = 64 << 20
+
+TITLES = {
+    "save_s": "blocking save, until durable",
+    "stall_s": "asynchronous save, what the call takes",
+    "durable_s": "asynchronous save, until durable",
+    "cold_s": "restore, nothing cached",
+    "cached_s": "restore, all in the page cache",
+    "empty_s": "save of an almost empty state",
+    "behind_nbytes": "extra memory, asynchronous save",
+    "restore_nbytes": "extra memory, restore",
+}
+
+TARGETS = (
+    *(
+        Target(label=f"{TITLES[field]}, to {other}", contestant="ckptman", field=field, kind="ratio", limit=limit,
+               floor=(other,), floor_field=field)
+        for field in ("save_s", "cold_s", "cached_s")
+        for other, limit in (("plain", 1.15), ("DCP", 1 / 1.5))
+    ),
+    Target(label=TITLES["empty_s"], contestant="ckptman", field="empty_s", kind="absolute", limit=0.05),
+    Target(label=f"{TITLES['behind_nbytes']}, above the shard", contestant="ckptman", field="behind_nbytes",
+           kind="above", limit=MARGIN_NBYTES, floor=("shard",), floor_field="nbytes"),
+    Target(label=TITLES["restore_nbytes"], contestant="ckptman", field="restore_nbytes", kind="absolute",
+           limit=MARGIN_NBYTES),
+)  # fmt: skip
+
+Repetitions = list[dict[str, dict[str, float]]]
 
 
-def build(mib: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model whose parameters and two moments have about *mib* MiB, after one step."""
-    width = int((mib * (1 << 20) / 12 / LAYERS) ** 0.5)
-    model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(LAYERS)))
-    for layer in model:
-        fully_shard(layer)
-    fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(4, width)).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return model, optimizer
+# ---------------------------------------------------------------------- within a rank
 
 
-def local_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[memoryview]:
-    tensors = [parameter.to_local().detach() for parameter in model.parameters()]
-    for state in optimizer.state.values():
-        tensors += [value.to_local() for value in state.values() if hasattr(value, "to_local")]
-    return [memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for tensor in tensors]
+def time_all(rank: int, folder: str, mib: int, repetitions: int, pause_s: float) -> Repetitions:
+    """Every tool in every repetition: a blocking save, a restore of it in two ways, an asynchronous save."""
+    job, dice = Job(mib), random.Random(0)  # the same order on all ranks
+    tools: list[RankTool] = [kind(Path(folder) / kind.name, rank, job) for kind in TOOLS]
+    found: Repetitions = []
+    for number in range(repetitions + 1):
+        measured: dict[str, dict[str, float]] = {tool.name: {} for tool in tools}
+        for what in (_saved, _loaded, _saved_behind):
+            if what is not _loaded:
+                job.change()
+            dice.shuffle(tools)
+            for tool in tools:
+                measured[tool.name] |= what(rank, Path(folder) / tool.name, job, tool, 2 * number, pause_s)
+        found += [measured] if number else []  # the first one warms up
+    for tool in tools:
+        tool.close()
+    for measured, seconds in zip(found, _empty(folder, repetitions), strict=True):
+        measured["ckptman"]["empty_s"] = seconds
+    return found
 
 
-def write_plain(path: Path, parts: list[memoryview]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-    for part in parts:
-        for start in range(0, len(part), CHUNK):
-            os.write(file, part[start : start + CHUNK])
-    os.fsync(file)
-    os.close(file)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+def _saved(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
+    on_rank_0(rank, lambda: system.settle(pause_s))
+    return {"save_s": timed(lambda: tool.save(number))}
 
 
-def read_plain(path: Path, parts: list[memoryview]) -> None:
-    with path.open("rb", buffering=0) as file:
-        for part in parts:
-            for start in range(0, len(part), CHUNK):
-                file.readinto(part[start : start + CHUNK])
+def _loaded(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
+    expected = job.fingerprint()
+
+    def loaded() -> float:
+        job.wipe()
+        seconds = timed(lambda: tool.load(number))
+        if job.fingerprint() != expected:
+            raise AssertionError(f"{tool.name} has not restored what was saved")
+        return seconds
+
+    on_rank_0(rank, lambda: (system.drop_caches(folder), system.settle(pause_s)))
+    cold_s = loaded()
+    on_rank_0(rank, lambda: [path.read_bytes() for path in system.files(folder)])
+    return {"cold_s": cold_s, "cached_s": loaded()}
 
 
-def timed(work: Callable[[], object]) -> float:
-    dist.barrier()
-    began = time.perf_counter()
-    work()
-    dist.barrier()
-    return time.perf_counter() - began
+def _saved_behind(rank: int, folder: Path, job: Job, tool: RankTool, number: int, pause_s: float) -> dict[str, float]:
+    if type(tool) not in BEHIND:
+        return {}
+    asynchronous: RankAsyncTool = tool  # type: ignore[assignment]  # BEHIND has those that are
+    stalls: list[float] = []
+
+    def save() -> None:
+        began = time.perf_counter()
+        wait = asynchronous.begin(number + 1)
+        stalls.append(time.perf_counter() - began)
+        wait()
+
+    on_rank_0(rank, lambda: system.settle(pause_s))
+    return {"durable_s": timed(save), "stall_s": stalls[0]}
 
 
-def compete(rank: int, folder: Path, mib: int, repeats: int) -> dict[str, Any]:
-    model, optimizer = build(mib)
-    parts = local_bytes(model, optimizer)
-    times: dict[str, list[float]] = {}
-    dice = random.Random(0)
-    manager = CheckpointManager(folder / "ckptman", {"model": model, "optimizer": optimizer})
+def _empty(folder: str, repetitions: int) -> list[float]:
+    """The median of some saves for each repetition."""
+    with CheckpointManager(Path(folder) / "empty", {"progress": {"epoch": 1}}) as manager:
+        save = partial(manager.save, block=True)
+        save(0)
+        return [
+            summarise([timed(partial(save, step)) for step in range(1, EMPTY_SAVES)]).median for _ in range(repetitions)
+        ]
 
-    def dcp_save(number: int) -> None:
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / f"dcp-{number}")
 
-    def dcp_load(number: int) -> None:
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / f"dcp-{number}")
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+def take_memory(rank: int, folder: str, mib: int, which: int) -> dict[str, float]:
+    """The peak of two asynchronous saves by a tool that is new, and of a restore by another new one."""
+    job = Job(mib)
 
-    saves = {
-        "plain": lambda number: write_plain(folder / f"plain-{number}" / str(rank), parts),
-        "ckptman": lambda number: manager.save(number, block=True),
-        "dcp": dcp_save,
+    def save_twice() -> None:
+        tool: RankAsyncTool = BEHIND[which](Path(folder), rank, job)
+        for number in (1, 2):
+            tool.begin(number)()
+        tool.close()
+
+    behind = system.extra_nbytes(save_twice)
+    tool = RESTORING[which](Path(folder), rank, job)
+    restore = system.extra_nbytes(lambda: tool.load(2))
+    tool.close()
+    return {"behind_nbytes": behind, "restore_nbytes": restore, "nbytes": sum(map(len, job.parts()))}
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def run(folder: Path, mib: int, repetitions: int, *, pause_s: float = PAUSE_S) -> dict[str, Any]:
+    """Everything, as a document."""
+    began, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    by_rank = in_ranks(time_all, str(folder / "times"), mib, repetitions, pause_s)
+    shutil.rmtree(folder / "times")
+    found: Repetitions = by_rank[0]
+    for measured, *others in zip(*by_rank, strict=True):
+        for name, fields in measured.items():  # a stall ends on each rank by itself, the slowest one counts
+            if "stall_s" in fields:
+                fields["stall_s"] = max(fields["stall_s"], *(other[name]["stall_s"] for other in others))
+    for number, measured in enumerate(found):
+        for which, kind in enumerate(BEHIND):
+            most = _most(in_ranks(take_memory, str(folder / f"memory-{number}-{kind.name}"), mib, which))
+            measured["shard"] = {"nbytes": most.pop("nbytes")}
+            measured[kind.name] |= most
+            shutil.rmtree(folder / f"memory-{number}-{kind.name}")
+    verdicts = [judge(target, found, is_full=True) for target in TARGETS]
+    return {
+        "machine": system.machine(folder),
+        "ranks": RANKS,
+        "nbytes": RANKS * found[0]["shard"]["nbytes"],
+        "began_at": began_at,
+        "duration_s": round(time.monotonic() - began, 1),
+        "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts if verdict is not None],
+        "repetitions": found,
     }
-    loads = {
-        "plain": lambda number: read_plain(folder / f"plain-{number}" / str(rank), parts),
-        "ckptman": manager.restore,
-        "dcp": dcp_load,
-    }
-    for number in range(repeats + 1):
-        for kind, contestants in (("save", saves), ("restore", loads)):
-            names = sorted(contestants)
-            dice.shuffle(names)
-            for name in names:
-                work = contestants[name]
-                if rank == 0:
-                    os.sync()
-                seconds = timed(lambda work=work, number=number: work(number))
-                if number:  # the first one warms up
-                    times.setdefault(f"{kind} {name}", []).append(seconds)
-        manager.delete(number)
-        for name in ("plain", "dcp"):
-            if rank == 0:
-                shutil.rmtree(folder / f"{name}-{number}")
-    manager.close()
-    with CheckpointManager(folder / "empty", {"progress": {"epoch": 1}}) as empty:
-        times["empty save"] = [timed(lambda step=step: empty.save(step, block=True)) for step in range(21)][1:]
-    return {"nbytes": sum(map(len, parts)), "times": times}
 
 
-def fork(folder: Path, store: Path, rank: int, mib: int, repeats: int) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        warnings.simplefilter("ignore")
-        torch.set_num_threads(1)
-        torch.manual_seed(rank)
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-        result = compete(rank, folder, mib, repeats)
-        if rank == 0:
-            (folder / "result.json").write_text(json.dumps(result))
-        status = 0
-    finally:
-        os._exit(status)
+def _most(by_rank: list[dict[str, float]]) -> dict[str, float]:
+    return {field: max(one[field] for one in by_rank) for field in by_rank[0]}
+
+
+def report(document: dict[str, Any]) -> str:
+    """As tables of Markdown."""
+    found: Repetitions = document["repetitions"]
+    names = [kind.name for kind in TOOLS]
+    rows = [f"{document['ranks']} ranks, {document['nbytes'] / 2**20:.0f} MiB in all", ""]
+    rows += ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for field, title in TITLES.items():
+        values = {name: values_of(found, name, field) for name in names}
+        unit = unit_for(field, (value for some in values.values() for value in some))
+        cells = [unit.spread(summarise(values[name])) if values[name] else "–" for name in names]
+        rows.append(f"| {title}, {unit.name} | " + " | ".join(cells) + " |")
+    rows += ["", "| figure | measured (min – max) | target | verdict |", "|---|---|---|---|"]
+    rows += [_row(verdict) for verdict in document["verdicts"]]
+    return "\n".join(rows)
+
+
+def _row(verdict: dict[str, Any]) -> str:
+    compared = verdict["compared"]
+    values = compared["median"], compared["low"], compared["high"]
+    if verdict["kind"] == "ratio":
+        number, limit = [f"{value:.2f} ×" for value in values], f"≤ {verdict['limit']:.2f} ×"
+    else:
+        unit = unit_for("nbytes" if verdict["limit"] > 1000 else "seconds", [verdict["limit"]])
+        number, limit = [unit.text(value) for value in values], f"≤ {unit.text(verdict['limit'])}"
+    word = "met" if verdict["is_met"] else f"**missed by {verdict['missed_by']:.0%}**"
+    return f"| {verdict['label']} | {number[0]} ({number[1]} – {number[2]}) | {limit} | {word} |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=400)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--directory", type=Path, help="where to write: the disk that is measured")
+    parser.add_argument("--json", type=Path, help="where every sample goes")
     chosen = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="ckptman-ranks-", dir=chosen.folder))
-    try:
-        pids = [fork(folder, folder / "store", rank, chosen.mib, chosen.repeats) for rank in range(RANKS)]
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        if any(statuses):
-            raise SystemExit(f"ranks ended with {statuses}")
-        report(json.loads((folder / "result.json").read_text()))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def report(result: dict[str, Any]) -> None:
-    times = result["times"]
-    print(f"{RANKS} ranks, {result['nbytes'] * RANKS / 2**20:.0f} MiB in all")
-    for name, seconds in times.items():
-        print(f"{name:18} {statistics.median(seconds):7.3f} s   ({min(seconds):.3f} to {max(seconds):.3f})")
-    for kind in ("save", "restore"):
-        for other in ("plain", "dcp"):
-            pairs = zip(times[f"{kind} ckptman"], times[f"{kind} {other}"], strict=True)
-            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-            print(f"{kind}: ckptman takes {ratio:.2f} x the time of {other}")
+    with tempfile.TemporaryDirectory(dir=chosen.directory, prefix="ckptman-bench-") as folder:
+        document = run(Path(folder), chosen.mib, chosen.repetitions)
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(report(document))
 
 
 if __name__ == "__main__":

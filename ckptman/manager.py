@@ -38,9 +38,9 @@ from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.mirroring import Mirror, Mirroring
 from ckptman.pipeline.ranks import Ranks
-from ckptman.pipeline.reading import fill
 from ckptman.pipeline.recall import recall
 from ckptman.pipeline.saving import Job
+from ckptman.pipeline.spreading import fill_together
 from ckptman.pipeline.starting import Begun, Starting
 from ckptman.preemption import Preemption, Watch
 from ckptman.repository import keep as keep_rules
@@ -385,7 +385,7 @@ class CheckpointManager:
 
         ranks.do(compare)
         with self._half_restoring(entry, found[0]):
-            ranks.do(lambda: fill(repository.storage, manifest, found[0].targets, threads=threads))
+            fill_together(ranks, repository.storage, manifest, found[0].targets, threads=threads)
             ranks.do(lambda: values.append(found[0].finish()))
         if repository is self._repository:  # the files of a mirror cannot be pointed at from here
             self._engine.borrowing.restored(manifest, found[0].targets.keys())

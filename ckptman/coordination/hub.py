@@ -38,6 +38,9 @@ from ckptman.errors import RankLost, StorageError
 
 MIN_PAUSE_S = 0.0002
 
+PAUSE_SHARE = 0.06
+"""How long to pause between two looks, as a share of the wait so far: what waiting may cost beyond what is awaited."""
+
 PATIENCE_S = 1800.0
 """How long to wait for a rank that lives, or that never began, before it counts as lost."""
 
@@ -225,15 +228,14 @@ class Hub:
     def _wait_for(self, keys: dict[int, str]) -> None:
         """Return once all *keys*, by the rank that is to pin each, are there. Raises `RankLost`."""
         began = looked_at = time.monotonic()
-        pause_s = MIN_PAUSE_S
         for key in keys.values():
             while not self._board.has(key):
                 now = time.monotonic()
                 if now - looked_at >= LOOK_S:
                     self._look(keys, now - began)
                     looked_at = time.monotonic()
-                time.sleep(pause_s)
-                pause_s = min(1.5 * pause_s, self._board.max_pause_s)
+                pause_s = max(MIN_PAUSE_S, PAUSE_SHARE * (now - began))
+                time.sleep(min(pause_s, self._board.max_pause_s))
 
     def _look(self, keys: dict[int, str], waited_s: float) -> None:
         self._raise_if_broken()

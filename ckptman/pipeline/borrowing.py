@@ -160,6 +160,9 @@ class _ByChunk:
             raise KeyError(key)
         return self.known[key]
 
+    def get(self, key: Key) -> Tensor | None:
+        return self.known[key] if key in self else None
+
     def _find(self, key: Key) -> bool:
         name, offset = key
         if name not in self._sharded or offset is None:

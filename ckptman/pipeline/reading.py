@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import compress
 from typing import NamedTuple
 
@@ -36,10 +37,10 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
         StorageError: The medium failed.
     """
     reader = CheckedReader(storage, manifest)
-    placing = _Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
+    placing = Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
     resharding = _Resharding({name: target for name, target in targets.items() if is_sharded(target)}, manifest)
     whole = parts_of(manifest, placing.targets)
-    straight: list[_Work] = []
+    straight: list[Job] = []
     others: list[tuple[File, Part]] = []
     for number, file in enumerate(manifest.files):
         parts = sorted([*whole[number], *resharding.whole(number, placing)], key=lambda part: part.chunk.start)
@@ -47,10 +48,13 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
             reader.header(file)
             is_straight = [placing.is_straight(part) for part in parts]
             chosen = list(compress(parts, is_straight))
-            straight += [_Work(file, piece) for piece in pieces(chosen, manifest.block_nbytes)]
-            straight += [_Work(file, run) for run in resharding.runs(number, manifest.block_nbytes)]
+            straight += [
+                partial(reader.read, file, piece, placing.memory, place=placing.place)
+                for piece in pieces(chosen, manifest.block_nbytes)
+            ]
+            straight += [partial(reader.read_run, file, *run) for run in resharding.runs(number, manifest.block_nbytes)]
             others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
-    _Readers(reader, placing, straight).run(threads)
+    Readers(straight).run(threads)
     for file, part in others:
         placing.through_a_copy(reader, file, part)
     for number, file in enumerate(manifest.files):
@@ -67,28 +71,25 @@ class _Run(NamedTuple):
     memory: memoryview
 
 
-class _Work(NamedTuple):
-    file: File
-    piece: Piece | _Run
+Job = Callable[[], object]
+"""Reads one piece."""
 
 
-class _Readers:
-    """Threads that read pieces in their order, until all are read or one of them failed."""
+class Readers:
+    """Threads that do jobs in their order, until all are done or one of them failed."""
 
-    def __init__(self, reader: CheckedReader, placing: _Placing, work: list[_Work]) -> None:
-        self._reader = reader
-        self._placing = placing
-        self._count = len(work)
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._count = len(jobs)
         self._mutex = threading.Lock()  # guards the three below
-        self._left: Iterator[tuple[int, _Work]] = iter(enumerate(work))
+        self._left: Iterator[tuple[int, Job]] = iter(enumerate(jobs))
         self._is_stopped = False
         self._failures: list[tuple[int, BaseException]] = []
 
     def run(self, threads: int) -> None:
         """
-        Read everything, on this thread and *threads* - 1 more.
+        Do everything, on this thread and *threads* - 1 more.
 
-        Pieces are handed out in order and none after a failure, so whatever lies before the first fault was read: the
+        Jobs are handed out in order and none after a failure, so whatever lies before the first fault was done: the
         same error is raised however the threads were timed.
         """
         helpers = [
@@ -112,23 +113,20 @@ class _Readers:
 
     def _work(self) -> None:
         while (got := self._next()) is not None:
-            index, work = got
+            index, job = got
             try:
-                if isinstance(work.piece, _Run):
-                    self._reader.read_run(work.file, *work.piece)
-                else:
-                    self._reader.read(work.file, work.piece, self._placing.memory, place=self._placing.place)
+                job()
             except Exception as error:  # noqa: BLE001 - a thread's edge: run() raises it
                 with self._mutex:
                     self._failures.append((index, error))
                     self._is_stopped = True
 
-    def _next(self) -> tuple[int, _Work] | None:
+    def _next(self) -> tuple[int, Job] | None:
         with self._mutex:
             return None if self._is_stopped else next(self._left, None)
 
 
-class _Placing:
+class Placing:
     """Where the bytes of a chunk go of which all is wanted."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
@@ -140,6 +138,23 @@ class _Placing:
         """Place a chunk that belongs to a part of a tensor."""
         self._boxes[need.chunk.file, need.chunk.start] = where
         return Part(tensor=need.tensor, chunk=need.chunk)
+
+    def piece(self, reader: CheckedReader, file: File, piece: Piece) -> None:
+        """Read one piece to where it belongs, by way of host memory where that cannot be read into. Elements whole."""
+        if all(map(self.is_straight, piece.parts)):
+            reader.read(file, piece, self.memory, place=self.place)
+            return
+        copies = {part.chunk.start: bytearray(part.chunk.nbytes) for part in piece.parts if piece.block is None}
+        if piece.block is None:
+            reader.read(file, piece, lambda tensor, chunk: memoryview(copies[chunk.start]))
+            for part in piece.parts:
+                overwrite_part(self._box(part.tensor, part.chunk), 0, _bytes_of(copies[part.chunk.start]))
+            return
+        part, start = piece.parts[0], piece.block * self._block_nbytes
+        stop = min(start + self._block_nbytes, part.chunk.nbytes)
+        copy = bytearray(stop - start)
+        reader.read_run(file, part, piece.block, (start, stop), memoryview(copy))
+        overwrite_part(self._box(part.tensor, part.chunk), start, _bytes_of(copy))
 
     def is_straight(self, part: Part) -> bool:
         """Whether the target's own memory can be read into."""
@@ -203,7 +218,7 @@ class _Resharding:
         """Whether anything but whole chunks is needed of file number *file*."""
         return bool(self._runs[file] or self._scattered[file])
 
-    def whole(self, file: int, placing: _Placing) -> Iterator[Part]:
+    def whole(self, file: int, placing: Placing) -> Iterator[Part]:
         """The chunks that are needed whole, placed."""
         return (placing.put(need, where) for need, where in self._whole[file])
 
@@ -226,6 +241,10 @@ def _needed(tensor: Tensor, held: Iterable[Shard]) -> Iterator[tuple[Need, torch
     boxes = [(shard.offset, tuple(shard.tensor.shape)) for shard in held if shard.tensor.numel()]
     for need in needs(tensor, boxes):
         yield need, filled[need.number][slices(need.target)]
+
+
+def _bytes_of(data: bytearray) -> torch.Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _is_host_memory(tensor: torch.Tensor) -> bool:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 
 from ckptman.errors import IntegrityError
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor
-from ckptman.storage.base import KeyMissing, NotAFile, Storage, lacking
+from ckptman.storage.base import KeyMissing, NotAFile, lacking
 
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
@@ -29,6 +30,14 @@ Memory = Callable[[Tensor, Chunk], memoryview | None]
 
 Place = Callable[["Sequence[Part]", memoryview], None]
 """Puts parts where they belong, given the bytes from the beginning of the first one to the end of the last."""
+
+
+class Readable(Protocol):
+    """What is asked of a storage here: see `ckptman.storage.base.Storage`."""
+
+    def read_into(self, key: str, start: int, into: memoryview) -> int: ...
+
+    def size(self, key: str) -> int: ...
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -83,7 +92,7 @@ def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[lis
 class CheckedReader:
     """Reads the files of one checkpoint. Every method raises `IntegrityError` naming step, file and tensor."""
 
-    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+    def __init__(self, storage: Readable, manifest: Manifest) -> None:
         self._storage = storage
         self._manifest = manifest
 
@@ -128,6 +137,10 @@ class CheckedReader:
             self._fill(file, part.chunk.start + start, block, part.tensor)
             self._check(file, part, index, block)
             yield start, block
+
+    def fetch(self, file: File, start: int, into: memoryview) -> None:
+        """Fill *into* with the bytes of *file* from *start* on, *unchecked*: for whoever has them checked by others."""
+        self._fill(file, start, into, None)
 
     def read_run(self, file: File, part: Part, block: int, run: tuple[int, int], memory: memoryview) -> None:
         """

@@ -247,3 +247,16 @@ class Swaps(Protocol):
             KeyChanged: Another version is there (perhaps of our own try whose answer was lost: read it back).
             StorageError: The medium failed. The value is the old or the new one.
         """
+
+
+@runtime_checkable
+class Distant(Protocol):
+    """
+    A storage that is across a network, and of which this machine keeps no copy: every process that reads fetches anew.
+
+    What several ranks of a host read from it is better fetched once. (Of files, NFS included, the page cache keeps it.)
+    """
+
+    @property
+    def is_distant(self) -> bool:
+        """Whether it is so here."""

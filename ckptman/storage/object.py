@@ -141,6 +141,11 @@ class ObjectStorage:
         """None: no file lock reaches here."""
         return None
 
+    @property
+    def is_distant(self) -> bool:
+        """Yes: no cache of the system's keeps objects."""
+        return True
+
     # creating
 
     def create(self, key: str, data: Buffer) -> None:

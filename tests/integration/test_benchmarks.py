@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import harness, plots, report, results, system
+from benchmarks import harness, plots, ranks, report, results, system
 from benchmarks.figures import Target, judge, lowest, pairs, ratios, summarise
 from benchmarks.harness import Answer, Contestant, Place, Question
 from benchmarks.questions import QUESTIONS
@@ -275,3 +275,11 @@ def test_every_rival_that_is_installed_takes_part(tool: type, tmp_path: Path) ->
     assert contestant.prepare is not None
     contestant.prepare(place)
     assert contestant.run(place)["seconds"] > 0
+
+
+def test_four_ranks_are_measured_and_nothing_of_ours_is_left_out(tmp_path: Path) -> None:
+    """Every target of the benchmark of many ranks gets its verdict, from whole restores."""
+    document = ranks.run(tmp_path, mib=4, repetitions=1, pause_s=0)
+    assert len(document["verdicts"]) == len(ranks.TARGETS)
+    assert set(document["repetitions"][0]["ckptman"]) == set(ranks.TITLES)
+    assert all(title in ranks.report(document) for title in ranks.TITLES.values())
