@@ -65,8 +65,8 @@ class Engine:
     def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool, ranks: int = 1) -> None:
         if ranks > 1 and limits.in_flight > 1:
             raise ValueError(
-                f"with {ranks} ranks one save is under way at a time: in_flight={limits.in_flight} cannot be had. Leave it "
-                "out of Limits(…)"
+                f"with {ranks} ranks one save is under way at a time: in_flight={limits.in_flight} cannot be "
+                "had. Leave it out of Limits(…)"
             )
         self._state = state or {}
         self._ranks = ranks
