@@ -40,8 +40,8 @@ class Coordinator(Protocol):
     """
     Ranks that save together.
 
-    Every method but `channel`, `hurry` and `close` is collective: all ranks call it, in the same order, on one thread
-    at a time.
+    Every method but `warn`, `attend`, `channel`, `hurry` and `close` is collective: all ranks call it, in the same
+    order, on one thread at a time.
     """
 
     @property
@@ -79,6 +79,23 @@ class Coordinator(Protocol):
 
         Raises:
             RankLost: A rank is gone, or gave up; on every rank.
+        """
+
+    def warn(self) -> None:
+        """
+        This rank will have nothing good to give in the next `gather`: the others may stop working for theirs.
+
+        On the thread that gathers. Never waits.
+        """
+
+    def attend(self) -> bool:
+        """
+        Whether a rank warned the others. To be asked about once a second by who works for long for a `gather`.
+
+        On the thread that gathers. Never waits.
+
+        Raises:
+            RankLost: A rank is gone, or gave up; on every rank, now or in what it does next, and the gather is off.
         """
 
     def channel(self, name: str) -> Coordinator:
@@ -126,6 +143,13 @@ class Solo:
     def agree(self, value: bytes) -> list[bytes]:
         """Its own value."""
         return [value]
+
+    def warn(self) -> None:
+        """Nobody to warn."""
+
+    def attend(self) -> bool:
+        """False."""
+        return False
 
     def channel(self, name: str) -> Self:
         """Itself: there is nobody to be out of step with."""

@@ -17,6 +17,10 @@ what ranks do together should end with a broadcast, or an `agree`: a failed gath
 taken for something of the next one, since the epoch is part of every key. Where all ranks live on, the next operation
 simply works; where one is dead, it is found silent at once. Nothing is ever "out of step" for good.
 
+**While ranks work.** Between two operations a rank may write for minutes, and hears nothing then unless it asks. So a
+rank that will have nothing to give in the next gather says so at once, under ``<epoch>.<number>.warned``; and who works
+for long asks with ``attend`` every second whether anybody did, or whether somebody is lost.
+
 What cannot be promised (by anybody): that all ranks know the outcome of the very last message. If rank 0 is lost after
 it decided and before it told, the others raise `RankLost` and do not know what it decided. What it decided is in the
 catalog.
@@ -43,6 +47,9 @@ PAUSE_SHARE = 0.06
 
 PATIENCE_S = 1800.0
 """How long to wait for a rank that lives, or that never began, before it counts as lost."""
+
+
+_WARNED = "warned"
 
 
 class _Reason(msgspec.Struct, frozen=True):
@@ -79,6 +86,7 @@ class Hub:
         self._epoch = 0
         self._number = 0
         self._answers: list[str] = []  # rank 0's, which others may not have read yet
+        self._warning: str | None = None  # this rank's, which others may not have read yet
         self._channels: list[Hub] = []
         self._is_closed = False
 
@@ -132,17 +140,41 @@ class Hub:
 
     def broadcast(self, value: bytes | None) -> bytes:
         """The value of rank 0, on every rank; what others give is ignored. Raises `RankLost`."""
-        with self._operation() as at:
-            key = f"{at}.0"
+        with self._operation():
+            key = self._answer_key(self._number)
             if self._rank:
                 self._wait_for({0: key})
-                return self._checked(self._board.read(key), b"b")
+                value = self._checked(self._board.read(key), b"b")
+                self._take_back_warning()
+                return value
             if value is None:
                 raise TypeError("rank 0 has a value to broadcast, not None")
             self._raise_if_broken()
             self._board.pin(key, b"b" + value)
             self._answers.append(key)
+            self._take_back_warning()
             return value
+
+    def warn(self) -> None:
+        """Say that this rank will have nothing good to give in the gather that comes next. Never waits."""
+        with self._breaking() as at, suppress(StorageError):  # the others will hear of it in the gather
+            self._warning = f"{at}.{_WARNED}"
+            self._board.pin_first(self._warning, str(self._rank).encode())
+
+    def attend(self) -> bool:
+        """
+        Whether a rank warned the others of the gather that comes next. To be asked about every `LOOK_S`. Never waits.
+
+        Raises:
+            RankLost: A rank is gone, or gave up; the next operation is one of the next epoch.
+        """
+        with self._breaking() as at:
+            if self._rank:
+                keys = {0: self._answer_key(self._number + 1)}
+            else:
+                keys = {rank: f"{at}.{rank}" for rank in range(1, self._world_size)}
+            self._look(keys, 0.0)
+            return self._board.has(f"{at}.{_WARNED}")
 
     def agree(self, value: bytes) -> list[bytes]:
         """All values, by rank, on every rank. Raises `RankLost`, on all ranks."""
@@ -185,6 +217,13 @@ class Hub:
 
     @contextmanager
     def _operation(self) -> Iterator[str]:
+        with self._breaking() as at:
+            yield at
+        self._number += 1
+
+    @contextmanager
+    def _breaking(self) -> Iterator[str]:
+        """What goes wrong within ends the epoch, on all ranks."""
         if self._is_closed:
             raise ValueError("this coordinator is closed")
         try:
@@ -194,10 +233,19 @@ class Hub:
             self._epoch += 1
             self._number = 0
             self._answers.clear()
+            self._warning = None
             if lost is None:
                 raise
             raise lost from error.__cause__
-        self._number += 1
+
+    def _answer_key(self, number: int) -> str:
+        return f"{self._name}.{self._epoch}.{number}.0"
+
+    def _take_back_warning(self) -> None:
+        """All ranks have given their parts: nobody looks for it any more."""
+        if self._warning is not None:
+            self._board.remove([self._warning])
+            self._warning = None
 
     def _break(self, error: BaseException) -> RankLost | None:
         """Tell everybody that this epoch is over; return what to raise instead of *error*, None for *error* itself."""

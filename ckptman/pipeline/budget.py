@@ -26,7 +26,8 @@ class Limits:
             then ``save`` waits until all but the last of it is written. At least one slot of 16 MiB is taken.
         io_threads: Threads that read at a time during a restore.
         in_flight: Saves that may be under way at a time. When one more is asked for, ``save`` waits, and the wait
-            counts in ``stall_s``. They share ``host_nbytes``.
+            counts in ``stall_s``. They share ``host_nbytes``. With several ranks it is 1, and more is
+            refused.
         prefault: Take the staging memory in the background as soon as the state is known, so that the first save
             stalls no longer than the others. Otherwise none is taken before it is needed.
 

@@ -57,9 +57,17 @@ class Engine:
         limits: What may be taken of the machine.
         overlap: Whether staging may go on after ``save`` has returned.
         ranks: How many share the work of a save.
+
+    Raises:
+        ValueError: Several saves are to be under way from several ranks.
     """
 
     def __init__(self, state: Mapping[str, object] | None, limits: Limits, *, overlap: bool, ranks: int = 1) -> None:
+        if ranks > 1 and limits.in_flight > 1:
+            raise ValueError(
+                f"with {ranks} ranks one save is under way at a time: in_flight={limits.in_flight} cannot be "
+                "had. Leave it out of Limits(…)"
+            )
         self._state = state or {}
         self._ranks = ranks
         self._limits = limits

@@ -2,19 +2,24 @@
 What all ranks do together: each its part, rank 0 the conclusion; and all get the same answer, or raise the same error.
 
 Everything that ranks must agree upon goes through the one method `Ranks.conclude`. A rank whose part failed says so
-instead of giving it, so nobody waits for it: rank 0 passes the failure on. Errors travel as the name of their class,
-looked up in a closed table, and their text. Nothing is pickled.
+instead of giving it, so nobody waits for it: rank 0 passes the failure on. It also warns the others at once, who may be
+minutes from the end of theirs: a part that takes long is done within `Ranks.attended`, and is broken off then. Errors
+travel as the name of their class, looked up in a closed table, and their text. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from threading import Event
+from typing import Any, TypeVar
 
 import msgspec
 
 from ckptman import errors
+from ckptman.coordination.life import LOOK_S
 from ckptman.coordinator import Coordinator
 from ckptman.errors import CkptmanError, RankLost
 
@@ -23,6 +28,13 @@ _CLASSES: dict[str, type[CkptmanError]] = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, CkptmanError) and not issubclass(kind, SystemExit)
 }
+
+
+Result = TypeVar("Result")
+
+
+class BrokenOff(Exception):
+    """This rank's part was broken off: another rank's failed."""
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -35,10 +47,11 @@ class _Failure(msgspec.Struct, frozen=True):
 
 
 class _Told(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A rank's part, or the conclusion: a value or a failure."""
+    """A rank's part, or the conclusion: a value or a failure. Broken off is what failed since another's failed."""
 
     value: bytes = b""
     failure: _Failure | None = None
+    is_broken_off: bool = False
 
 
 class Ranks:
@@ -88,6 +101,8 @@ class Ranks:
         if not self.are_many:
             return conclusion([part()])
         mine, error = self._try(part)
+        if mine.failure is not None and not mine.is_broken_off:
+            self._coordinator.warn()
         parts = self._coordinator.gather(msgspec.msgpack.encode(mine))
         answer: bytes | None = None
         if parts is not None:
@@ -101,6 +116,41 @@ class Ranks:
             raise _rebuilt(told.failure) from (error if told.failure.rank == self.rank else None)
         return told.value
 
+    def attended(self, work: Callable[[Event], Result]) -> Result:
+        """
+        Within the part of `conclude`: do *work*, which may take long, on another thread, and break it off if need be.
+
+        Args:
+            work: Looks now and then whether the event that it gets is set, and raises `BrokenOff` then.
+
+        Returns:
+            What *work* returned. Nothing of it runs any more then, nor when this raises.
+
+        Raises:
+            BrokenOff: As *work* raises it, after another rank's part has failed.
+            RankLost: A rank went away. *work* was broken off.
+            BaseException: Whatever else *work* raises.
+        """
+        stop = Event()
+        if not self.are_many:
+            return work(stop)
+        try:
+            beside = ThreadPoolExecutor(1, thread_name_prefix="ckptman-part")
+            doing = beside.submit(work, stop)
+        except RuntimeError:  # the interpreter is about to end, and starts no thread any more
+            return work(stop)
+        try:
+            self._attend(doing, stop)
+        finally:
+            stop.set()  # whatever ended it: a lost rank, Ctrl-C
+            beside.shutdown()
+        return doing.result()
+
+    def _attend(self, doing: Future[Result], stop: Event) -> None:
+        while not wait_for([doing], timeout=LOOK_S).done:
+            if not stop.is_set() and self._coordinator.attend():
+                stop.set()
+
     def _spread(self, answer: bytes | None) -> bytes:
         try:
             return self._coordinator.broadcast(answer)
@@ -112,14 +162,18 @@ class Ranks:
     def _conclude(
         self, parts: list[_Told], conclusion: Callable[[list[bytes]], bytes]
     ) -> tuple[_Told, BaseException | None]:
-        for part in parts:
-            if part.failure is not None:
-                return part, None
+        failed = [part for part in parts if part.failure is not None]
+        if failed:  # the cause before what was broken off for it
+            return min(failed, key=lambda part: part.is_broken_off), None
         return self._try(lambda: conclusion([part.value for part in parts]))
 
     def _try(self, work: Callable[[], bytes]) -> tuple[_Told, BaseException | None]:
         try:
             return _Told(value=work()), None
+        except RankLost:
+            raise  # of `attended`: all know it already
+        except BrokenOff as error:
+            return _Told(failure=self._failure(error), is_broken_off=True), error
         except BaseException as error:  # noqa: BLE001 - a rank's edge: all ranks raise it
             return _Told(failure=self._failure(error)), error
 

@@ -1,7 +1,8 @@
 """
 One save from many ranks, from what each has staged to what is committed.
 
-1. Every rank writes its files under the attempt that rank 0 named, and makes them durable, with their names.
+1. Every rank writes its files under the attempt that rank 0 named, and makes them durable, with their names. A rank
+   that fails is heard at once: the others break off between two slots (16 MiB) or files.
 2. Every rank reports its files and tensors, or its error. Any error: the save fails on every rank with that error,
    and nothing exists.
 3. Rank 0 puts the reports together, writes the manifest, commits, and tells every rank.
@@ -12,7 +13,7 @@ Where a rank is lost meanwhile, that may hide whether 3 came to its end; the cat
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -20,9 +21,10 @@ from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, Ran
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Component, File, Manifest, Tensor
 from ckptman.format.names import rank_name
+from ckptman.pipeline.arena import Arena, Slot
 from ckptman.pipeline.engine import Source
 from ckptman.pipeline.loss import find_out, give_up
-from ckptman.pipeline.ranks import Ranks
+from ckptman.pipeline.ranks import BrokenOff, Ranks
 from ckptman.pipeline.reports import Report, joined, report_of
 from ckptman.pipeline.saving import Job, Saved, commit_entry, manifest_of, put_manifest
 from ckptman.pipeline.sharing import Shared
@@ -119,13 +121,10 @@ def write_together(
     written: list[Manifest] = []
 
     def part() -> bytes:
-        try:
-            files, tensors = _write_part(storage, shared, source)
-            written.append(_own_manifest(job, shared.attempt, files, tensors))
-            own = {name: (job.captured[name].kind, job.captured[name].values) for name in shared.own_values}
-            return msgspec.msgpack.encode(report_of(files, tensors, own))
-        except Exception as error:
-            raise failed(job.step, error) from error
+        files, tensors = _write_part(ranks, storage, job, shared, source)
+        written.append(_own_manifest(job, shared.attempt, files, tensors))
+        own = {name: (job.captured[name].kind, job.captured[name].values) for name in shared.own_values}
+        return msgspec.msgpack.encode(report_of(files, tensors, own))
 
     def conclusion(parts: list[bytes]) -> bytes:
         assert owner is not None
@@ -163,12 +162,34 @@ def failed(step: int, error: Exception) -> CkptmanError:
     return SaveFailed(f"saving step {step} failed, nothing was committed: {error}", step=step)
 
 
-def _write_part(storage: Storage, shared: Shared, source: Source) -> tuple[list[File], list[Tensor]]:
-    files, tensors = write_files(storage, shared.attempt, source.files, source.slots, source.arena)
+def _write_part(
+    ranks: Ranks, storage: Storage, job: Job, shared: Shared, source: Source
+) -> tuple[list[File], list[Tensor]]:
+    try:
+        return ranks.attended(lambda stop: _written(storage, shared, source, stop))
+    except (BrokenOff, RankLost):
+        raise
+    except Exception as error:
+        raise failed(job.step, error) from error
+
+
+def _written(
+    storage: Storage, shared: Shared, source: Source, stop: threading.Event
+) -> tuple[list[File], list[Tensor]]:
+    slots = _until(stop, source.slots, source.arena)
+    files, tensors = write_files(storage, shared.attempt, source.files, slots, source.arena)
     if files:
         storage.persist([shared.attempt])  # perhaps another machine than that of rank 0 made the names
     source.confirm()
     return [*files, *source.borrowed.files], [*tensors, *source.borrowed.behind(len(files))]
+
+
+def _until(stop: threading.Event, slots: Iterator[Slot], arena: Arena) -> Iterator[Slot]:
+    for slot in slots:
+        if stop.is_set():
+            arena.give_back(slot)
+            raise BrokenOff("another rank failed")
+        yield slot
 
 
 def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[Report]) -> Manifest:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from ckptman.errors import UnsupportedState
+from ckptman.state import flat
+from ckptman.state.flat import FlatShard
 
 _FSDP2 = "torch.distributed.fsdp._fully_shard"
 
@@ -31,7 +33,9 @@ class Shard(NamedTuple):
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether *tensor* is a DTensor."""
+    """Whether *tensor* is a DTensor, or stands for what FSDP1 holds a range of."""
+    if type(tensor) is FlatShard:
+        return True
     # where the module was never imported, which takes long, there is none
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -41,6 +45,8 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of *tensor*, detached; of a plain tensor the tensor itself, detached."""
     if not is_sharded(tensor):
         return tensor.detach()
+    if type(tensor) is FlatShard:
+        return tensor.part
     with torch.no_grad():  # detaching the DTensor itself takes a hundred times as long
         found: torch.Tensor = _as_any(tensor).to_local().detach()
     return found
@@ -48,13 +54,19 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def shards(tensor: torch.Tensor, path: str = "the tensor") -> list[Shard]:
     """
-    What this process holds of *tensor*: all of a plain one, a box of a DTensor, nothing where it is outside the mesh.
+    What this process holds of *tensor*: all of a plain one, a box of a DTensor, nothing where it is outside the mesh,
+    some boxes of one of FSDP1.
 
     Raises:
         UnsupportedState: What it holds is not a box: a partial sum, or torch will not say where it belongs.
     """
     if not is_sharded(tensor):
         return [Shard((0,) * tensor.dim(), tensor.detach())]
+    if type(tensor) is FlatShard:
+        if not tensor.numel():
+            return [Shard((0,) * tensor.dim(), tensor.part.view(tensor.shape))]
+        held = flat.ranges(tuple(tensor.shape), tensor.start, tensor.start + tensor.part.numel())
+        return [Shard(offset, tensor.part[at:end].view(extent)) for offset, extent, at, end in held]
     part, whole = local(tensor), _as_any(tensor)
     coordinate = whole.device_mesh.get_coordinate()
     if coordinate is None:
@@ -103,6 +115,8 @@ def _box(whole: Any) -> Box:
 
 def like(model: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised DTensor, spread as *model* is. Communicates with nobody."""
+    if type(model) is FlatShard:
+        return flat.like(model, dtype)
     from torch.distributed.tensor import DTensor
 
     whole = _as_any(model)
@@ -124,38 +138,38 @@ def overwrite(live: torch.Tensor, source: torch.Tensor) -> None:
     Raises:
         UnsupportedState: *source* is spread otherwise.
     """
-    given = shards(source)
-    for shard in shards(live):
+    given, held = shards(source), shards(live)
+    if is_sharded(source) and _boxes(given) != _boxes(held):
+        raise UnsupportedState("one stored tensor belongs to two live ones that are spread differently")
+    for number, shard in enumerate(held):
         extent = tuple(shard.tensor.shape)
         if is_sharded(source):
-            if (given[0].offset, tuple(given[0].tensor.shape)) != (shard.offset, extent):
-                raise UnsupportedState("one stored tensor belongs to two live ones that are spread differently")
-            shard.tensor.copy_(given[0].tensor)
+            shard.tensor.copy_(given[number].tensor)
         else:
             index = tuple(slice(start, start + size) for start, size in zip(shard.offset, extent, strict=True))
             shard.tensor.copy_(given[0].tensor[index])
 
 
+def _boxes(held: list[Shard]) -> list[Box]:
+    return [(shard.offset, tuple(shard.tensor.shape)) for shard in held]
+
+
 def settle(state: Mapping[str, object]) -> None:
     """
-    Have FSDP2 let go of whole parameters that it keeps for the next backward pass: what modules hold is sharded then.
+    Have FSDP let go of whole parameters that it keeps for the next backward pass: what modules hold is sharded then.
 
     Nothing that training computes is changed by it: they are gathered again when they are needed.
 
     Raises:
-        UnsupportedState: A module is sharded by FSDP1, whose state can be had as a whole only by gathering it.
+        UnsupportedState: A module is sharded by FSDP1 without ``use_orig_params``.
     """
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
         return
     for name, live in state.items():
         for part in live.modules() if isinstance(live, nn.Module) else ():
-            if isinstance(part, module.FullyShardedDataParallel):
-                raise UnsupportedState(
-                    f"cannot save {name}: FullyShardedDataParallel (FSDP1) keeps parts of flattened parameters, which "
-                    "have no place in a whole that other ranks could restore. Use torch.distributed.fsdp.fully_shard",
-                    path=name,
-                )
+            if flat.is_wrapper(part):
+                flat.settle(name, part)
             if isinstance(part, getattr(module, "FSDPModule", ())):
                 part.reshard()  # type: ignore[operator]
 

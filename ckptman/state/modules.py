@@ -1,8 +1,8 @@
 """
 Modules: parameters and persistent buffers by name, filled in place; the names are those of the unwrapped module.
 
-``torch.compile``, ``DistributedDataParallel`` and ``DataParallel`` put a module into another and its names behind a
-prefix. They are recognised by type, at any depth, and left out, so that a checkpoint does not depend on them.
+``torch.compile``, ``DistributedDataParallel``, ``DataParallel`` and FSDP1 put a module into another and its names
+behind a prefix. They are recognised by type, at any depth, and left out, so that a checkpoint does not depend on them.
 
 A module tree that has a say of its own in saving or loading (hooks, overridden methods) is asked through its
 ``state_dict`` and restored through its ``load_state_dict`` instead.
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ckptman.format.values import TensorRef
+from ckptman.state import flat
 from ckptman.state.collecting import Collector
 from ckptman.state.dtensor import is_of_fsdp2, is_sharded
 from ckptman.state.filling import Filling, Give, GiveTensor, Phase, give_back
@@ -60,6 +61,8 @@ def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
 def _wraps_under(module: nn.Module) -> str | None:
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return "module"
+    if flat.is_wrapper(module):
+        return flat.WRAPPED
     # where torch._dynamo was never imported, which takes seconds, nothing is compiled
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     return "_orig_mod" if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
@@ -89,7 +92,7 @@ def entries(module: nn.Module) -> dict[str, Entry]:
     for prefix, _, owner in walk(module):
         for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and key not in owner._non_persistent_buffers_set:
-                found[prefix + key] = Entry(owner, key, tensor)
+                found[prefix + key] = Entry(owner, key, flat.whole(tensor))
         if type(owner).get_extra_state is not nn.Module.get_extra_state:
             found[prefix + EXTRA] = Entry(owner, EXTRA, None)
     return found

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ckptman.errors import UnsupportedState
 from ckptman.format.values import TensorRef
-from ckptman.state import modules
+from ckptman.state import flat, modules
 from ckptman.state.collecting import Collector
 from ckptman.state.filling import CPU, Filling, Give, Phase, give_back
 from ckptman.state.stored import Stored
@@ -89,26 +89,27 @@ def capture(optimizer: Optimizer, collector: Collector) -> dict[str, Any]:
     """The state of *optimizer* by name. Raises UnsupportedState for a parameter that has no name in the state."""
     packed = optimizer.state_dict()
     names: dict[int, str] = {}
+    parameters: dict[int, torch.Tensor] = {}
     groups = []
     for index, (group, live) in enumerate(zip(packed["param_groups"], optimizer.param_groups, strict=True)):
         members = {}
         for position, (number, parameter) in enumerate(zip(group["params"], live["params"], strict=True)):
             name = _name(collector.members.get(id(parameter), ()), parameter, collector.component, index, position)
-            names[number] = name
-            members[name] = tuple(parameter.shape)
+            names[number], parameters[number] = name, parameter
+            members[name] = tuple(flat.whole(parameter).shape)
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         groups.append({"members": members, "settings": settings})
     return {
         "kind": type(optimizer).__qualname__,
         "groups": groups,
-        "state": {names[key]: _plain(value) for key, value in packed["state"].items() if key in names},
+        "state": {names[key]: _plain(value, parameters[key]) for key, value in packed["state"].items() if key in names},
         "other": {key: value for key, value in packed["state"].items() if key not in names},
     }
 
 
-def _plain(values: object) -> object:
-    """The state of a parameter as a dict of its own, whatever kind of dict the optimizer uses."""
-    return dict(values) if isinstance(values, dict) else values
+def _plain(values: object, parameter: torch.Tensor) -> object:
+    """The state of *parameter* as a dict of its own, whatever kind of dict the optimizer uses."""
+    return {key: flat.beside(parameter, one) for key, one in values.items()} if isinstance(values, dict) else values
 
 
 def _name(names: tuple[str, ...], parameter: torch.Tensor, component: str, group: int, position: int) -> str:
@@ -124,7 +125,7 @@ def _name(names: tuple[str, ...], parameter: torch.Tensor, component: str, group
 
 def prepare(optimizer: Optimizer, stored: Stored, filling: Filling) -> None:
     """Match groups by position and members by name, and place the state of every live member."""
-    saved = stored.read(OptimizerState)
+    saved = _put_together(stored)
     live = [_live_members(group, number, saved, stored, filling) for number, group in enumerate(optimizer.param_groups)]
     if len(live) != len(saved.groups):
         filling.differences.fatal(
@@ -139,6 +140,25 @@ def prepare(optimizer: Optimizer, stored: Stored, filling: Filling) -> None:
         _compare_members(f"{stored.name}: group {number}", members, group, filling)
     loading = _Loading(optimizer, saved, stored, filling, live)
     filling.later(Phase.OPTIMIZERS, loading.load)
+
+
+def _put_together(stored: Stored) -> OptimizerState:
+    """
+    What is stored for this rank, and what only others kept of tensors of which each rank had a part.
+
+    FSDP1 gives an optimizer nothing to keep for a parameter of which a rank holds no element.
+    """
+    saved = stored.read(OptimizerState)
+    state = dict(saved.state)
+    for other in stored.of_others():
+        theirs = other.read(OptimizerState).state
+        state.update((name, one) for name, one in theirs.items() if name not in state and _is_in_parts(one, stored))
+    return msgspec.structs.replace(saved, state=state)
+
+
+def _is_in_parts(values: object, stored: Stored) -> bool:
+    refs = values.values() if isinstance(values, dict) else ()
+    return any(isinstance(ref, TensorRef) and stored.is_in_parts(ref) for ref in refs)
 
 
 def _live_members(
@@ -157,10 +177,11 @@ def _live_members(
 def _compare_members(where: str, live: Members, group: Group, filling: Filling) -> None:
     modules.compare_names(where, list(live), list(group.members), filling)
     for name, parameter in live.items():
-        shape = group.members.get(name, tuple(parameter.shape))
-        if shape != tuple(parameter.shape):
+        extent = tuple(flat.whole(parameter).shape)
+        shape = group.members.get(name, extent)
+        if shape != extent:
             filling.differences.resized(
-                f"{where}: {name}", live=f"a parameter {list(parameter.shape)}", checkpoint=f"one {list(shape)}"
+                f"{where}: {name}", live=f"a parameter {list(extent)}", checkpoint=f"one {list(shape)}"
             )
 
 
@@ -179,7 +200,7 @@ class _Loading:
         for members, group in zip(groups, saved.groups, strict=True):
             step_is_on_cpu = not (group.settings.get("capturable") or group.settings.get("fused"))
             for name, parameter in members.items():
-                if name in saved.state:
+                if name in saved.state and not flat.is_nothing(parameter):
                     seating = _Seating(parameter, stored, step_is_on_cpu=step_is_on_cpu)
                     seats = seating.tree(optimizer.state.get(parameter), saved.state[name])
                     give = give_tree(seats, saved.state[name], stored, filling, device=parameter.device)
@@ -187,7 +208,7 @@ class _Loading:
 
     def load(self) -> None:
         """Give the optimizer its state, exactly."""
-        exact = {name: give() for name, give in self._states.items()}
+        exact = {name: flat.held(give()) for name, give in self._states.items()}
         members = [pair for group in self._groups for pair in group.items()]
         packed = {
             "state": {
@@ -232,6 +253,7 @@ class _Seating:
 
     def tree(self, live: Any, saved: Any, key: object = None) -> object:
         if isinstance(saved, TensorRef):
+            live = flat.beside(self._parameter, live)
             return self._seat(live, saved, CPU if key == "step" and self._step_is_on_cpu else self._parameter.device)
         if type(saved) is dict:
             old = live if isinstance(live, dict) else {}
@@ -248,7 +270,7 @@ class _Seating:
         if self._stored.note(ref).parts:
             return None
         stored = self._stored.tensors[ref.name]
-        return fresh(dtype_of(stored.dtype), stored.shape, device=device, like=self._parameter)
+        return fresh(dtype_of(stored.dtype), stored.shape, device=device, like=flat.whole(self._parameter))
 
 
 def _carried(value: Any) -> Any:

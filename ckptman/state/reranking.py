@@ -64,7 +64,8 @@ class Reranking:
             filling.later(_SEEDED[kind], lambda: _reseed(live, seed))
             return True
         if kind in ("module", "optimizer"):
-            if self.differing[name]:
+            is_put_together = kind == "optimizer" and Stored(self.manifest, name, self.tensors).is_sharded
+            if self.differing[name] and not is_put_together:
                 filling.warnings.append(f"{name}: {self._were()} and differed in it; all ranks get what rank 0 had")
             return False
         if not self.differing[name] and kind != "loader":

@@ -39,6 +39,7 @@ class Stored:
 
     def __init__(self, manifest: Manifest, name: str, tensors: Mapping[str, Tensor], *, rank: int = 0) -> None:
         component = component_of(manifest, name, rank)
+        self._manifest = manifest
         self.name = name
         self.rank = rank
         self._prefixes = (f"{name}/",) if rank == 0 else (f"{name}/", f"{rank_name(name, rank)}/")
@@ -61,6 +62,23 @@ class Stored:
         if not self.rank or not note.parts:
             return note
         return msgspec.structs.replace(note, parts={part: self._own(name) for part, name in note.parts.items()})
+
+    def of_others(self) -> list[Stored]:
+        """The same component as other ranks had it, where any had something of its own in it."""
+        known, ranks = self._manifest.components, self._manifest.world_size
+        own = [rank for rank in range(1, ranks) if rank_name(self.name, rank) in known]
+        others = [rank for rank in (0, *own) if rank != self.rank] if own else []
+        return [Stored(self._manifest, self.name, self.tensors, rank=rank) for rank in others]
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether some tensor of it was saved in boxes."""
+        return any(self.is_in_parts(TensorRef(name)) for name in self.tensors if name.startswith(self._prefixes))
+
+    def is_in_parts(self, ref: TensorRef) -> bool:
+        """Whether it was saved in boxes, by the ranks that had each."""
+        stored = self.tensors.get(ref.name)
+        return stored is not None and any(chunk.offset is not None for chunk in stored.chunks)
 
     def read(self, kind: type[Document]) -> Document:
         """The tree as the document *kind*. Raises FormatError if it is none."""

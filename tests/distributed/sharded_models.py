@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -27,6 +27,12 @@ def fsdp() -> nn.Module:
     for layer in model:
         fully_shard(layer)
     return fully_shard(model)
+
+
+def fsdp1() -> nn.Module:
+    """Cut among the ranks in the middle of rows. The device makes torch run it on a CPU."""
+    wrap = lambda part: FullyShardedDataParallel(part, use_orig_params=True, device_id=torch.device("cpu"))
+    return wrap(nn.Sequential(*map(wrap, plain())))
 
 
 def hsdp() -> nn.Module:
@@ -53,6 +59,7 @@ def ddp() -> nn.Module:
 SPREADS: dict[str, Callable[[], nn.Module]] = {
     "plain": plain,
     "fsdp": fsdp,
+    "fsdp1": fsdp1,
     "hsdp": hsdp,
     "tp_fsdp": tp_fsdp,
     "ddp": ddp,
@@ -87,11 +94,37 @@ def whole(tensor: torch.Tensor) -> list[Any]:
 
 def facts(state: State) -> dict[str, Any]:
     """Every weight and moment of *state* by name, gathered. Collective."""
+    if isinstance(state["model"], FullyShardedDataParallel):
+        return _facts_of_fsdp1(state)
     found = {}
     inner = getattr(state["model"], "module", state["model"])
     for name, parameter in inner.named_parameters():
         found[name] = whole(parameter)
         for key, value in state["optimizer"].state[parameter].items():
             found[f"{name}.{key}"] = whole(value)
+    found["lr"] = state["scheduler"].get_last_lr()
+    return found
+
+
+def _facts_of_fsdp1(state: State) -> dict[str, Any]:
+    """Of each, what the ranks hold, one after the other: torch's ``optim_state_dict`` mixes up moments on a CPU."""
+    model, optimizer = state["model"], state["optimizer"]
+    shapes = {name: parameter.shape for name, parameter in plain().named_parameters()}
+    mine = {}
+    for name, parameter in model.named_parameters():
+        kept = optimizer.state.get(parameter, {}).items() if parameter.numel() else ()
+        values = {key: value.detach().double() for key, value in kept}
+        mine[name.replace("_fsdp_wrapped_module.", "")] = {"": parameter.detach().double(), **values}
+    by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(by_rank, mine)
+    found = {}
+    for name, shape in shapes.items():
+        found[name] = torch.cat([one[name][""] for one in by_rank]).view(shape).tolist()
+        holding = [one[name] for one in by_rank if len(one[name]) > 1]
+        for key in holding[0].keys() - {""}:
+            values = [one[key] for one in holding]
+            is_whole = values[0].dim() == 0
+            assert not is_whole or all(torch.equal(value, values[0]) for value in values)
+            found[f"{name}.{key}"] = (values[0] if is_whole else torch.cat(values).view(shape)).tolist()
     found["lr"] = state["scheduler"].get_last_lr()
     return found

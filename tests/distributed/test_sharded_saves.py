@@ -14,7 +14,7 @@ from sharded_models import facts, state_of, step
 
 from ckptman import CheckpointManager
 
-SPREADS = ("fsdp", "hsdp", "tp_fsdp", "ddp")
+SPREADS = ("fsdp", "fsdp1", "hsdp", "tp_fsdp", "ddp")
 STEPS = 3
 
 Facts = dict[str, Any]
@@ -67,7 +67,7 @@ def _restore_and_train(root: str, spread: str) -> Facts:
 
 @pytest.mark.parametrize(
     ("world_size", "others"),
-    [(4, list(SPREADS)), (2, ["fsdp", "ddp"]), (3, ["fsdp"]), (1, ["plain"])],
+    [(4, list(SPREADS)), (2, ["fsdp", "fsdp1", "ddp"]), (3, ["fsdp", "fsdp1"]), (1, ["plain"])],
     ids=["4 ranks", "2 ranks", "3 ranks", "1 process"],
 )
 @pytest.mark.filterwarnings("ignore:restoring")

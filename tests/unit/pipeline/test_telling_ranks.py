@@ -12,6 +12,8 @@ import torch
 from ckptman import CheckpointManager
 from ckptman.coordinator import FilesCoordinator
 from ckptman.errors import CkptmanError, RankLost, StorageError, UnsupportedState
+from ckptman.pipeline.budget import Limits
+from ckptman.pipeline.engine import Engine
 from ckptman.pipeline.ranks import Ranks
 from ckptman.storage.memory import MemoryStorage
 
@@ -83,3 +85,9 @@ def test_an_argument_that_is_wrong_on_one_rank_fails_the_save_on_all() -> None:
     assert "must be one number" in str(zero)
     assert "on rank 1" in str(zero)
     assert isinstance(one, TypeError)
+
+
+def test_several_saves_in_flight_from_several_ranks_are_refused() -> None:
+    with pytest.raises(ValueError, match="with 2 ranks one save"):
+        Engine({}, Limits(in_flight=2), overlap=False, ranks=2)
+    Engine({}, Limits(in_flight=2), overlap=False, ranks=1)

@@ -286,16 +286,6 @@ def test_a_dtensor_tells_its_box_and_a_partial_sum_is_refused(tmp_path: Any) -> 
         torch.distributed.destroy_process_group()
 
 
-def test_fsdp1_is_refused() -> None:
-    """Its parameters are flat and in parts: saved as they are, nobody could tell what they were."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # torch makes none where there is no GPU
-    nn.Module.__init__(model)
-    with pytest.raises(UnsupportedState, match="fully_shard"):
-        capture({"model": nn.Sequential(model)}, rng=False)
-
-
 def test_the_same_tensor_in_two_components() -> None:
     """A shadow that is the model's own weight stays that, and is stored for both."""
     model = nn.Linear(2, 2)
