@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from ckptman.errors import StorageError, redact
 from ckptman.storage.base import KeyExists, KeyMissing
@@ -24,25 +24,40 @@ _CREDENTIAL_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"}
 )
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|authorization", re.IGNORECASE)
+_SECRET_PARTS = re.compile(r"(?:AccountKey|SharedAccessSignature|sig)=([^;&\s]+)")  # of Azure's longer texts
 _SECRET_VARIABLES = re.compile(r"(AWS|AZURE|GOOGLE|GCS|FSSPEC)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING).*")
 _WRONG_CODES = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
 _WHERE = "storage_options, or the driver's own environment variables and files"
 _PERMISSIONS = {"list": "s3:ListBucket", "read": "s3:GetObject", "create": "s3:PutObject", "delete": "s3:DeleteObject"}
 
 
+class Unanswered(Exception):
+    """
+    A try at a create-only put got no answer, so it may take effect yet, whatever the server said of later tries.
+
+    ``__cause__`` is what became of the last one.
+    """
+
+
 def secrets_of(options: Mapping[str, object]) -> frozenset[str]:
     """The texts that must never be shown: what *options* and the environment hold under telling names."""
     found = {text for name, text in _texts(options, "") if _SECRET_OPTION.search(name)}
     found |= {text for name, text in os.environ.items() if _SECRET_VARIABLES.fullmatch(name)}
+    found |= {part for text in found for part in _SECRET_PARTS.findall(text)}
     return frozenset(text for text in found if len(text) >= 4)
 
 
 def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield name, value
+    elif isinstance(value, (bytes, bytearray)):
+        yield name, value.decode("utf-8", "replace")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _texts(inner, f"{name}.{key}")
+    elif isinstance(value, (Sequence, Set)):
+        for inner in value:
+            yield from _texts(inner, name)
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:
@@ -116,7 +131,7 @@ def ours(error: Exception, verb: str, key: str, url: str, secrets: Iterable[str]
     if hint := _hint(error, verb):
         what = f"{what} ({hint})"
     failure = StorageError(what, errno=error.errno if isinstance(error, OSError) else None, key=key)
-    failure.may_take_effect = is_transient(error)
+    failure.may_take_effect = isinstance(error, Unanswered) or is_transient(error)
     return failure
 
 
