@@ -74,7 +74,7 @@ def commit(
         record = Record(
             root=root,
             number=head.number + 1,
-            committed_at=clock(),
+            committed_at=_not_before(head, clock()),
             writer=writer_for(head),
             change=what,
             nonce=secrets.token_hex(16),
@@ -86,6 +86,17 @@ def commit(
             _look_back(storage, record, data)
             return record
     raise StorageError(f"{what}: other writers of {storage.url} won {TRIES} times in a row; nothing was committed")
+
+
+def _not_before(head: Head, now: datetime) -> datetime:
+    """
+    *now*, or the latest moment that *head* knows of, if the clock was set back since.
+
+    Whether a root dropped a checkpoint or lost it is told by when its newest record was committed (both.py).
+    """
+    record = head.record
+    known = (record.committed_at, *(entry.created_at for entry in record.checkpoints)) if record else ()
+    return max(now, *known) if known else now
 
 
 def _base(storage: Storage, head: Head) -> tuple[Entry, ...]:
