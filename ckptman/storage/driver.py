@@ -190,7 +190,8 @@ def create(send: Callable[[], object], retry: Retry, *, is_ours: Callable[[], bo
     Args:
         send: Sends it once.
         retry: How often, and how slowly.
-        is_ours: Whether what lies there came from this request; asked where an answer may have been lost.
+        is_ours: Whether what lies there came from this request; asked where an answer may have been lost. That may be
+            so at the first conflict: aiohttp sends a PUT again by itself when its connection is cut.
 
     Raises:
         Unanswered: The last try failed, and it or an earlier one may take effect yet.
@@ -206,7 +207,7 @@ def create(send: Callable[[], object], retry: Retry, *, is_ours: Callable[[], bo
     try:
         retry(counted, is_transient=is_transient)
     except Exception as error:
-        if tries == 1 and not is_transient(error):
+        if tries == 1 and not is_transient(error) and not is_conflict(error):
             raise
         if is_ours():
             return

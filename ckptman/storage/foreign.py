@@ -26,7 +26,11 @@ _CREDENTIAL_NAMES = frozenset(
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|authorization", re.IGNORECASE)
 _SECRET_PARTS = re.compile(r"(?:AccountKey|SharedAccessSignature|sig)=([^;&\s]+)")  # of Azure's longer texts
 _SECRET_VARIABLES = re.compile(r"(AWS|AZURE|GOOGLE|GCS|FSSPEC)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING).*")
-_WRONG_CODES = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
+_NO_BUCKET_CODES = frozenset({"NoSuchBucket", "ContainerNotFound"})
+_WRONG_CODES = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    | {"AuthenticationFailed", "InvalidAuthenticationInfo"}
+)
 _WHERE = "storage_options, or the driver's own environment variables and files"
 _PERMISSIONS = {"list": "s3:ListBucket", "read": "s3:GetObject", "create": "s3:PutObject", "delete": "s3:DeleteObject"}
 
@@ -98,12 +102,14 @@ def code_of(error: BaseException) -> str:
         response = getattr(one, "response", None)
         if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
             return str(response["Error"].get("Code", ""))
+        if code := getattr(one, "error_code", None):  # Azure's
+            return str(getattr(code, "value", code))
     return ""
 
 
 def is_missing(error: Exception) -> bool:
     """Whether there is no such key. A bucket that is not there is another matter."""
-    return code_of(error) != "NoSuchBucket" and (isinstance(error, FileNotFoundError) or status_of(error) == 404)
+    return code_of(error) not in _NO_BUCKET_CODES and (isinstance(error, FileNotFoundError) or status_of(error) == 404)
 
 
 def is_conflict(error: Exception) -> bool:
@@ -137,7 +143,7 @@ def ours(error: Exception, verb: str, key: str, url: str, secrets: Iterable[str]
 
 def _hint(error: Exception, verb: str) -> str:
     names = {cls.__name__ for one in chain(error) for cls in type(one).__mro__}
-    if code_of(error) == "NoSuchBucket":
+    if code_of(error) in _NO_BUCKET_CODES:
         return "the bucket does not exist: create it, or correct its name"
     if names & _CREDENTIAL_NAMES:
         return f"there are no credentials: give them in {_WHERE}"
