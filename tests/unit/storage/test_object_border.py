@@ -125,6 +125,16 @@ def test_a_refusal_after_a_lost_answer_settles_nothing(refusal: Exception) -> No
     assert not taken.value.may_take_effect
 
 
+def test_a_first_conflict_may_be_our_own() -> None:
+    """A client that sends a put again by itself hides its first try: the key is asked whose it is."""
+    retry = Retry(sleep=lambda seconds: None)
+    driver.create(failing(Answer(412)), retry, is_ours=lambda: True)
+    with pytest.raises(Answer):
+        driver.create(failing(Answer(412)), retry, is_ours=lambda: False)
+    with pytest.raises(Answer):
+        driver.create(failing(Answer(403)), retry, is_ours=lambda: True)
+
+
 # meanings
 
 
