@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Protocol, Self, runtime_checkable
 
@@ -250,6 +251,7 @@ class FilesCoordinator(Hub):
         timeout_s: How long to wait for all ranks to come.
         silence_s: How long a rank may be silent before it counts as lost.
         patience_s: How long to wait, later, for a rank that lives and does not come.
+        storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
 
     Raises:
         ValueError: Rank, world size or job are not known.
@@ -267,8 +269,9 @@ class FilesCoordinator(Hub):
         timeout_s: float = 300.0,
         silence_s: float = 20.0,
         patience_s: float = PATIENCE_S,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        storage = open_storage(root)
+        storage = open_storage(root, storage_options=storage_options)
         mine = place(os.environ, rank=rank, world_size=world_size, job=job)
         self._leftovers = Leftovers(storage) if mine.rank == 0 else None
         folder = f"{FOLDER}/{folder_name(mine.job)}"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from azurite import serve_azure
 from s3_server import S3Server, serve
 
 
@@ -39,3 +40,10 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on free ports of this machine, with one bucket; it ends with the tests."""
     with serve(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def azure_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an Azurite with one container, ``bucket``; it ends with the tests."""
+    with serve_azure(tmp_path_factory.mktemp("azurite")) as port:
+        yield port

@@ -27,6 +27,7 @@ def export_checkpoint(
     components: Collection[str] | None = None,
     config: str | os.PathLike[str] | None = None,
     shard_nbytes: int = 5_000_000_000,
+    storage_options: Mapping[str, object] | None = None,
 ) -> Exported:
     """
     Write a checkpoint in another tool's format. Every byte is checked on the way, and durable when this returns.
@@ -45,6 +46,7 @@ def export_checkpoint(
         components: Which ones; None for all.
         config: The model's ``config.json``, for ``"hf"``, where the checkpoint has none.
         shard_nbytes: Where to begin a further file of weights, for ``"hf"``.
+        storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
 
     Raises:
         CheckpointNotFound: There is no such checkpoint or component.
@@ -61,7 +63,7 @@ def export_checkpoint(
     path = local_path(out)
     refuse_taken(path)
     only = None if components is None else ({components} if isinstance(components, str) else set(components))
-    source = StoredCheckpoint(open_storage(root), which, only)
+    source = StoredCheckpoint(open_storage(root, storage_options=storage_options), which, only)
     wanted = Wanted(config=None if config is None else Path(config), shard_nbytes=shard_nbytes)
     return writer(source, path, wanted)
 

@@ -62,6 +62,7 @@ def import_checkpoint(
     step: int | None = None,
     kinds: Mapping[str, str] | None = None,
     lock_timeout: float = 60.0,
+    storage_options: Mapping[str, object] | None = None,
 ) -> Imported:
     """
     Import *source*, a checkpoint of another tool, into *root*.
@@ -80,6 +81,7 @@ def import_checkpoint(
         kinds: Component name → ``module``, ``optimizer``, ``stateful``, ``container``, ``value`` or ``tensor``, where
             the guess would be wrong.
         lock_timeout: Seconds to wait for another writer to go away.
+        storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
 
     Raises:
         UnsupportedState: It would have to be unpickled; the message names the global. The root is untouched.
@@ -88,7 +90,7 @@ def import_checkpoint(
             cannot be called so, or has none of the *kinds*.
         SaveFailed, LockTimeout, Fenced, CommitUnknown: As `CheckpointManager.save`. Nothing was imported.
     """
-    storage = open_storage(root)
+    storage = open_storage(root, storage_options=storage_options)
     with Files() as files:
         found = read(Path(source), files)
         found = replace(found, parts=optimizers.with_names(_rekinded(found, kinds or {})))

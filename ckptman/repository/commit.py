@@ -78,7 +78,7 @@ def commit(
         record = Record(
             root=root,
             number=head.number + 1,
-            committed_at=clock(),
+            committed_at=_not_before(head, clock()),
             writer=writer_for(head),
             change=what,
             nonce=secrets.token_hex(16),
@@ -96,6 +96,17 @@ def _read(known: Record | None, data: bytes, number: int) -> Record:
     if known is not None and known.number == number and data == seal(known):
         return known
     return read_record(data, number)
+
+
+def _not_before(head: Head, now: datetime) -> datetime:
+    """
+    *now*, or the latest moment that *head* knows of, if the clock was set back since.
+
+    Whether a root dropped a checkpoint or lost it is told by when its newest record was committed (both.py).
+    """
+    record = head.record
+    known = (record.committed_at, *(entry.created_at for entry in record.checkpoints)) if record else ()
+    return max(now, *known) if known else now
 
 
 def _base(storage: Storage, head: Head) -> tuple[Entry, ...]:

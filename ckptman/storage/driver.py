@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Protocol, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.foreign import is_transient
+from ckptman.storage.foreign import Unanswered, is_conflict, is_transient
 from ckptman.storage.retry import Retry
 
 SMALL_NBYTES = 8 << 20
@@ -90,7 +90,7 @@ class AnyDriver:
 
     def put_new(self, path: str, data: Buffer) -> None:
         value = bytes(data)
-        self._retry(lambda: self._put_new(path, value), is_transient=is_transient)
+        create(lambda: self._put_new(path, value), self._retry)
 
     def _put_new(self, path: str, value: bytes) -> None:
         try:
@@ -98,6 +98,10 @@ class AnyDriver:
         except FileNotFoundError:  # a filesystem with real folders
             self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             self._fs.pipe_file(path, value, mode="create")
+
+    def put_file_new(self, local: str, path: str) -> None:
+        """As ``put_new``, for the bytes of the file *local*."""
+        create(lambda: self._fs.put_file(local, path, mode="create"), self._retry)
 
     def upload(self, path: str) -> Upload:
         return _Spooled(self, self._fs, path)
@@ -170,13 +174,46 @@ class _Spooled:
             self._file.seek(0)
             self._driver.put_new(self._path, self._file.read())
         else:
-            self._fs.put_file(self._file.name, self._path, mode="create")
+            self._driver.put_file_new(self._file.name, self._path)
         self.drop()
 
     def drop(self) -> None:
         self._file.close()
         with suppress(FileNotFoundError):
             os.unlink(self._file.name)  # noqa: PTH108 - one string goes to the system as it is
+
+
+def create(send: Callable[[], object], retry: Retry, *, is_ours: Callable[[], bool] = lambda: False) -> None:
+    """
+    Send a create-only request, again where that may help, and find out what came of it.
+
+    Args:
+        send: Sends it once.
+        retry: How often, and how slowly.
+        is_ours: Whether what lies there came from this request; asked where an answer may have been lost. That may be
+            so at the first conflict: aiohttp sends a PUT again by itself when its connection is cut.
+
+    Raises:
+        Unanswered: The last try failed, and it or an earlier one may take effect yet.
+        Exception: What the only try was refused with, or that the key is taken: nothing of ours will be there.
+    """
+    tries = 0
+
+    def counted() -> None:
+        nonlocal tries
+        tries += 1
+        send()
+
+    try:
+        retry(counted, is_transient=is_transient)
+    except Exception as error:
+        if tries == 1 and not is_transient(error) and not is_conflict(error):
+            raise
+        if is_ours():
+            return
+        if is_conflict(error):
+            raise
+        raise Unanswered(str(error) or type(error).__name__) from error
 
 
 def refuse_above(nbytes: int, limit: int, path: str) -> None:

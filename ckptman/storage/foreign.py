@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 from ckptman.errors import StorageError, redact
 from ckptman.storage.base import KeyExists, KeyMissing
@@ -24,25 +24,44 @@ _CREDENTIAL_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"}
 )
 _SECRET_OPTION = re.compile(r"key|secret|token|pass|credential|sas|connection_string|authorization", re.IGNORECASE)
+_SECRET_PARTS = re.compile(r"(?:AccountKey|SharedAccessSignature|sig)=([^;&\s]+)")  # of Azure's longer texts
 _SECRET_VARIABLES = re.compile(r"(AWS|AZURE|GOOGLE|GCS|FSSPEC)_.*(KEY|SECRET|TOKEN|PASSWORD|CONNECTION_STRING).*")
-_WRONG_CODES = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
+_NO_BUCKET_CODES = frozenset({"NoSuchBucket", "ContainerNotFound"})
+_WRONG_CODES = frozenset(
+    {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+    | {"AuthenticationFailed", "InvalidAuthenticationInfo"}
+)
 _WHERE = "storage_options, or the driver's own environment variables and files"
 _PERMISSIONS = {"list": "s3:ListBucket", "read": "s3:GetObject", "create": "s3:PutObject", "delete": "s3:DeleteObject"}
+
+
+class Unanswered(Exception):
+    """
+    A try at a create-only put got no answer, so it may take effect yet, whatever the server said of later tries.
+
+    ``__cause__`` is what became of the last one.
+    """
 
 
 def secrets_of(options: Mapping[str, object]) -> frozenset[str]:
     """The texts that must never be shown: what *options* and the environment hold under telling names."""
     found = {text for name, text in _texts(options, "") if _SECRET_OPTION.search(name)}
     found |= {text for name, text in os.environ.items() if _SECRET_VARIABLES.fullmatch(name)}
+    found |= {part for text in found for part in _SECRET_PARTS.findall(text)}
     return frozenset(text for text in found if len(text) >= 4)
 
 
 def _texts(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield name, value
+    elif isinstance(value, (bytes, bytearray)):
+        yield name, value.decode("utf-8", "replace")
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _texts(inner, f"{name}.{key}")
+    elif isinstance(value, (Sequence, Set)):
+        for inner in value:
+            yield from _texts(inner, name)
 
 
 def hidden(text: str, secrets: Iterable[str]) -> str:
@@ -83,12 +102,14 @@ def code_of(error: BaseException) -> str:
         response = getattr(one, "response", None)
         if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
             return str(response["Error"].get("Code", ""))
+        if code := getattr(one, "error_code", None):  # Azure's
+            return str(getattr(code, "value", code))
     return ""
 
 
 def is_missing(error: Exception) -> bool:
     """Whether there is no such key. A bucket that is not there is another matter."""
-    return code_of(error) != "NoSuchBucket" and (isinstance(error, FileNotFoundError) or status_of(error) == 404)
+    return code_of(error) not in _NO_BUCKET_CODES and (isinstance(error, FileNotFoundError) or status_of(error) == 404)
 
 
 def is_conflict(error: Exception) -> bool:
@@ -116,13 +137,13 @@ def ours(error: Exception, verb: str, key: str, url: str, secrets: Iterable[str]
     if hint := _hint(error, verb):
         what = f"{what} ({hint})"
     failure = StorageError(what, errno=error.errno if isinstance(error, OSError) else None, key=key)
-    failure.may_take_effect = is_transient(error)
+    failure.may_take_effect = isinstance(error, Unanswered) or is_transient(error)
     return failure
 
 
 def _hint(error: Exception, verb: str) -> str:
     names = {cls.__name__ for one in chain(error) for cls in type(one).__mro__}
-    if code_of(error) == "NoSuchBucket":
+    if code_of(error) in _NO_BUCKET_CODES:
         return "the bucket does not exist: create it, or correct its name"
     if names & _CREDENTIAL_NAMES:
         return f"there are no credentials: give them in {_WHERE}"

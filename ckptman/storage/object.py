@@ -30,6 +30,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 from ckptman.errors import CkptmanError, StorageError, redact
+from ckptman.storage.azure import AzureDriver
 from ckptman.storage.base import Buffer, KeyChanged, KeyExists, Stored, check_key, is_key
 from ckptman.storage.driver import AnyDriver, Driver, Upload
 from ckptman.storage.ending import Ending
@@ -43,6 +44,7 @@ Result = TypeVar("Result")
 CLEANED_EVERY_S = 3600.0
 _PROBE = ".ckptman-probe-"
 _S3 = frozenset({"s3", "s3a"})
+_AZURE = frozenset({"abfs", "abfss", "az"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 _READ_ONLY = frozenset({"http", "https", "data", "github", "git", "zip", "tar"})
@@ -320,8 +322,7 @@ class ObjectStorage:
                 config = {"retries": {"total_max_attempts": 1}, **(options.get("config_kwargs") or {})}
                 options["config_kwargs"] = config
             filesystem, root = url_to_fs(self._whole_url, **options)
-        driver = S3Driver if protocol in _S3 else AnyDriver
-        return driver(filesystem, self._retry), str(root).rstrip("/")
+        return _driver_of(protocol)(filesystem, self._retry), str(root).rstrip("/")
 
     def _path(self, key: str) -> str:
         return f"{self._root()}/{key}"
@@ -332,6 +333,12 @@ class ObjectStorage:
     def _end(self, key: str) -> None:
         with self._lock:
             self._being_written.discard(key)
+
+
+def _driver_of(protocol: str) -> Callable[[Any, Retry], Driver]:
+    if protocol in _S3:
+        return S3Driver
+    return AzureDriver if protocol in _AZURE else AnyDriver
 
 
 class NewObject(Ending[Upload]):

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.driver import Upload, refuse_above
+from ckptman.storage.driver import Upload, create, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
 from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Parts
@@ -70,19 +70,11 @@ class S3Driver:
             arguments: Of the request.
         """
         mark = {"Metadata": {_NONCE: nonce}} if marked else {}
-        tries = 0
 
         def send() -> None:
-            nonlocal tries
-            tries += 1
             self.wait(self.begin(method, path, IfNoneMatch="*", **mark, **arguments))
 
-        try:
-            self._retry(send, is_transient=is_transient)
-        except Exception as error:
-            is_settled = tries == 1 and not is_transient(error)  # refused at once: nothing of ours is there
-            if is_settled or not self._is_marked(path, nonce):
-                raise
+        create(send, self._retry, is_ours=lambda: self._is_marked(path, nonce))
 
     def begin_upload(self, path: str, nonce: str) -> str:
         """Begin an upload in parts; return its id."""

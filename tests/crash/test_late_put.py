@@ -13,17 +13,24 @@ from ckptman.storage.retry import Retry
 
 
 class Late(MemoryFileSystem):  # type: ignore[misc]
-    """A store whose create-only puts exclude; those of the catalog get no answer while it is *slow*, and land later."""
+    """
+    A store whose create-only puts exclude; those of the catalog get no answer while it is *slow*, and land later.
+
+    With a *refusal*, only the first of them does, and the others are refused.
+    """
 
     cachable = False
 
     def __init__(self) -> None:
         super().__init__(global_store=False)
         self.is_slow = False
+        self.refusal: Exception | None = None
         self.under_way: list[tuple[str, bytes]] = []
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
         if self.is_slow and "/catalog/" in path:
+            if self.under_way and self.refusal:
+                raise self.refusal
             self.under_way.append((path, value))
             raise TimeoutError
         if mode == "create" and self.store.setdefault(path, file := MemoryFile(self, path, value)) is not file:
@@ -36,7 +43,8 @@ class Late(MemoryFileSystem):  # type: ignore[misc]
             self.store.setdefault(path, MemoryFile(self, path, value))
 
 
-def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there() -> None:
+@pytest.mark.parametrize("refusal", [None, PermissionError("the token has expired")], ids=["silence", "refusal"])
+def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there(refusal: Exception | None) -> None:
     """
     The record drops step 1 and lists step 2. Were step 2 called failed and its files deleted, then this record,
     landing later, would leave neither: the next writer sweeps what it does not list.
@@ -46,7 +54,7 @@ def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there() -> None
     state = {"weight": torch.ones(3)}
     with CheckpointManager(root, state, keep=keep.last(1)) as manager:
         manager.save(1, block=True)
-        store.is_slow = True
+        store.is_slow, store.refusal = True, refusal
         state["weight"].fill_(2)
         with pytest.raises(CommitUnknown, match="may still come"):
             manager.save(2, block=True)

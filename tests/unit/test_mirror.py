@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import torch
 from ckptman import CheckpointManager, DamagedCheckpointWarning, Mirror, keep
 from ckptman.errors import CheckpointNotFound, IntegrityError, StorageError
 from ckptman.events import Event, Mirrored, MirrorErred, Restored
+from ckptman.format.catalog import Entry
 from ckptman.pipeline import mirroring
+from ckptman.repository.ownership import take
 from ckptman.repository.repository import Repository
 from ckptman.repository.verify import verify
 from ckptman.storage.base import Storage
@@ -561,6 +564,23 @@ def test_what_was_deleted_does_not_come_back(both: tuple[Path, Path]) -> None:
         assert run.restore() == 2
         assert url_of(run) == root
         assert run.restore(3) == 3
+
+
+def test_what_was_deleted_by_a_clock_set_back_does_not_come_back(both: tuple[Path, Path]) -> None:
+    """Nor after more was changed by that clock: the catalog's own time never goes back."""
+    root, mirror = both
+
+    def change(what: str, steps: set[int], clock: Callable[[], datetime]) -> None:
+        def left(entries: tuple[Entry, ...]) -> list[Entry]:
+            return [entry for entry in entries if entry.step not in steps]
+
+        take(LocalStorage(root), timeout_s=0, change=left, what=what, clock=clock).release()
+
+    for what, steps in (("delete step 3", {3}), ("tag step 2", set[int]())):
+        change(what, steps, lambda: datetime.now(UTC) - timedelta(days=1))
+        with Run(root, mirror) as run:
+            assert run.restore() == 2
+            assert url_of(run) == root
 
 
 def test_what_the_root_dropped_is_found_at_the_mirror(both: tuple[Path, Path]) -> None:

@@ -105,6 +105,36 @@ def test_a_put_that_fails_in_passing_is_repeated() -> None:
         storage.create("b", b"x")
 
 
+@pytest.mark.parametrize("refusal", [Answer(403), PermissionError("expired"), ValueError("?")], ids=repr)
+def test_a_refusal_after_a_lost_answer_settles_nothing(refusal: Exception) -> None:
+    """The first try may take effect yet; one that was refused at once, or finds the key taken, will not."""
+    filesystem = Store()
+    storage = storage_on(filesystem, single_writer=True)
+    filesystem.failures = [refusal, TimeoutError()]
+    with pytest.raises(StorageError) as caught:
+        storage.create("a", b"x")
+    assert caught.value.may_take_effect
+    filesystem.failures = [refusal]
+    with pytest.raises(StorageError) as caught:
+        storage.create("a", b"x")
+    assert not caught.value.may_take_effect
+    storage.create("a", b"x")
+    filesystem.failures = [TimeoutError()]
+    with pytest.raises(KeyExists) as taken:
+        storage.create("a", b"x")
+    assert not taken.value.may_take_effect
+
+
+def test_a_first_conflict_may_be_our_own() -> None:
+    """A client that sends a put again by itself hides its first try: the key is asked whose it is."""
+    retry = Retry(sleep=lambda seconds: None)
+    driver.create(failing(Answer(412)), retry, is_ours=lambda: True)
+    with pytest.raises(Answer):
+        driver.create(failing(Answer(412)), retry, is_ours=lambda: False)
+    with pytest.raises(Answer):
+        driver.create(failing(Answer(403)), retry, is_ours=lambda: True)
+
+
 # meanings
 
 
@@ -136,10 +166,20 @@ def test_every_error_becomes_ours(error: Exception, expected: type[StorageError]
 def test_secrets_never_come_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever they were given, and whatever text the driver puts them into; its error is then not kept at all."""
     monkeypatch.setenv("AWS_SESSION_TOKEN", "canary-token")
-    nested = {"client_kwargs": {"aws_secret_access_key": "canary-secret"}, "sas": "canary-sas", "region": "eu"}
+    nested: dict[str, object] = {
+        "client_kwargs": {"aws_secret_access_key": "canary-secret"},
+        "sas": "canary-sas",
+        "region": "eu",
+    }
     assert secrets_of(nested) >= {"canary-token", "canary-secret", "canary-sas"}
+    lists: dict[str, object] = {"tokens": ["canary-in-a-list", ({"deep": b"canary-in-bytes"},)], "names": ["public"]}
+    assert secrets_of(lists) >= {"canary-in-a-list", "canary-in-bytes"}
+    assert "public" not in secrets_of(lists)
+    nested |= lists
+    nested["connection_string"] = "AccountName=public;AccountKey=canary-in-a-text=="
     assert "eu" not in secrets_of(nested)
-    for secret in ("canary-token", "canary-secret", "canary-sas"):
+    shown = ("canary-token", "canary-secret", "canary-sas", "canary-in-a-list", "canary-in-bytes", "canary-in-a-text==")
+    for secret in shown:
         filesystem = Store()
         storage = storage_on(filesystem, storage_options=nested, single_writer=True)
         filesystem.failures = [Answer(400, f"signed with {secret}, see http://user:canary@host")]
