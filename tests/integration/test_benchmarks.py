@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server
 
 from benchmarks import harness, plots, report, results, system
 from benchmarks.figures import Target, judge, lowest, pairs, ratios, summarise
@@ -15,6 +16,7 @@ from benchmarks.harness import Answer, Contestant, Place, Question
 from benchmarks.questions import QUESTIONS
 from benchmarks.rivals import RIVALS, TorchSave
 from benchmarks.scale import TINY
+from benchmarks.server import announce
 from benchmarks.states import adapted, trained
 from benchmarks.units import unit_for
 
@@ -27,10 +29,14 @@ OURS = [
 
 
 @pytest.mark.parametrize(("question", "contestant"), OURS)
-def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, contestant: str, tmp_path: Path) -> None:
+def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(
+    question: str, contestant: str, tmp_path: Path, s3_server: S3Server
+) -> None:
     """Each contestant of ours, and each floor, measures every column and target that the tables promise of it."""
     asked = QUESTIONS[question]
-    place = Place(folder=tmp_path, scale=TINY, repetition=0)
+    announce(s3_server.port, tmp_path)
+    place = Place(folder=tmp_path / "place", scale=TINY, repetition=0)
+    place.folder.mkdir()
     if (prepare := asked.contestants[contestant].prepare) is not None:
         prepare(place)
     measured = asked.contestants[contestant].run(place)
@@ -44,8 +50,8 @@ def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, con
 
 def test_every_question_has_a_target_and_all_its_names_exist() -> None:
     """A target or a floor that names nobody would be silently absent from the table."""
-    assert (len(QUESTIONS), len(OURS)) == (9, 24)
-    assert sum(len(question.targets) for question in QUESTIONS.values()) == 17
+    assert (len(QUESTIONS), len(OURS)) == (10, 30)
+    assert sum(len(question.targets) for question in QUESTIONS.values()) == 21
     for question in QUESTIONS.values():
         named = {target.contestant for target in question.targets}
         named |= {floor for target in question.targets for floor in target.floor}
