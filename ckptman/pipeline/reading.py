@@ -14,7 +14,7 @@ import torch
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
 from ckptman.plan.boxes import Band, slices
 from ckptman.plan.load import Need, needs
-from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
+from ckptman.repository.reading import CheckedReader, Part, Piece, blocks_at_once, parts_of, pieces
 from ckptman.state.dtensor import Shard, is_sharded, shards
 from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite, overwrite_part
 from ckptman.storage.base import Storage
@@ -38,17 +38,20 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     placing = _Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
     resharding = _Resharding({name: target for name, target in targets.items() if is_sharded(target)}, manifest)
     whole = parts_of(manifest, placing.targets)
+    at_once = blocks_at_once(storage, manifest.block_nbytes)
+    needed: list[_Work] = []
     straight: list[_Work] = []
     others: list[tuple[File, Part]] = []
     for number, file in enumerate(manifest.files):
         parts = sorted([*whole[number], *resharding.whole(number, placing)], key=lambda part: part.chunk.start)
         if parts or resharding.has(number):
-            reader.header(file)
+            needed.append(_Work(file, None))
             is_straight = [placing.is_straight(part) for part in parts]
             chosen = list(compress(parts, is_straight))
-            straight += [_Work(file, piece) for piece in pieces(chosen, manifest.block_nbytes)]
+            straight += [_Work(file, piece) for piece in pieces(chosen, manifest.block_nbytes, at_once=at_once)]
             straight += [_Work(file, run) for run in resharding.runs(number, manifest.block_nbytes)]
             others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
+    _Readers(reader, placing, needed).run(threads)  # nothing is changed before every file is there
     _Readers(reader, placing, straight).run(threads)
     for file, part in others:
         placing.through_a_copy(reader, file, part)
@@ -67,8 +70,10 @@ class _Run(NamedTuple):
 
 
 class _Work(NamedTuple):
+    """Something to read of a file; None: its header."""
+
     file: File
-    piece: Piece | _Run
+    piece: Piece | _Run | None
 
 
 class _Readers:
@@ -113,7 +118,9 @@ class _Readers:
         while (got := self._next()) is not None:
             index, work = got
             try:
-                if isinstance(work.piece, _Run):
+                if work.piece is None:
+                    self._reader.header(work.file)
+                elif isinstance(work.piece, _Run):
                     self._reader.read_run(work.file, *work.piece)
                 else:
                     self._reader.read(work.file, work.piece, self._placing.memory)

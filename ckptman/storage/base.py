@@ -214,6 +214,15 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Distant(Protocol):
+    """A storage that is asked by requests, each of which costs as much as many bytes."""
+
+    @property
+    def read_nbytes(self) -> int:
+        """How much of a file to ask for at a time, if so much of it is wanted."""
+
+
+@runtime_checkable
 class Swaps(Protocol):
     """
     A storage that can also change a value, provided that nobody else did meanwhile (compare and swap).

@@ -167,6 +167,11 @@ class ObjectStorage:
 
     # reading
 
+    @property
+    def read_nbytes(self) -> int:
+        """16 MiB: a request costs a server as much as about one of them. See `Distant`."""
+        return 16 << 20
+
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole value, of at most *limit* bytes. See `Storage.read`."""
         return self.read_version(key, limit=limit)[0]
