@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -249,6 +250,21 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     document = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert document["questions"]["durable"]["verdicts"][0]["is_met"] is False
     ElementTree.fromstring((page.parent / "performance" / "durable.svg").read_text("utf-8"))
+
+
+def test_object_stores_have_a_place_of_their_own(tmp_path: Path) -> None:
+    """A run of that question alone leaves the tables of the others as they are."""
+    page = tmp_path / report.PAGE
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        f"{report.BEGIN}\nkept\n{report.END}\n{report.REMOTE_BEGIN}\nstale\n{report.END}\n", encoding="utf-8"
+    )
+    answer = Answer(repetitions=[{"ckptman": {"upload_s": 1.0}}])
+    report.publish(replace(run_of(tmp_path), answers={"remote": answer}), tmp_path)
+    text = page.read_text("utf-8")
+    assert "kept" in text
+    assert "stale" not in text
+    assert "| upload, s |" in text
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
