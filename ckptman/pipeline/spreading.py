@@ -85,7 +85,7 @@ def fill_together(
     Raises:
         CkptmanError: As `fill`; the same on every rank.
     """
-    if not (ranks.are_many and isinstance(storage, Distant) and storage.is_distant):
+    if not (ranks.are_many and isinstance(storage, Distant)):
         ranks.do(lambda: fill(storage, manifest, targets, threads=threads))
         return
     hosts = _hosts(ranks, manifest, targets)
@@ -235,10 +235,10 @@ def _cut(manifest: Manifest, names: set[str]) -> Iterator[tuple[File, Piece, int
     for file, parts in zip(manifest.files, parts_of(manifest, names), strict=True):
         for piece in pieces([part for part in parts if part.chunk.nbytes], manifest.block_nbytes):
             first = piece.parts[0].chunk
-            if piece.block is None:
+            if piece.blocks is None:
                 yield file, piece, first.start, piece.parts[-1].stop - first.start
             else:
-                begin = piece.block * manifest.block_nbytes
+                begin = piece.blocks.start * manifest.block_nbytes
                 yield file, piece, first.start + begin, min(manifest.block_nbytes, first.nbytes - begin)
 
 

@@ -16,7 +16,7 @@ import msgspec
 from ckptman.errors import IntegrityError
 from ckptman.format.digest import block_digest, blocks
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor
-from ckptman.storage.base import KeyMissing, NotAFile, lacking
+from ckptman.storage.base import Distant, KeyMissing, NotAFile, lacking
 
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
@@ -55,25 +55,32 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class Piece:
     """
-    What is read at once: small neighbours together, or one *block* of a large chunk.
+    What is read at once: small neighbours together, or some *blocks* of a large chunk.
 
     ``is_last`` says whether the parts are complete with it.
     """
 
     parts: Sequence[Part]
-    block: int | None
+    blocks: range | None
     is_last: bool
 
 
-def pieces(parts: Sequence[Part], block_nbytes: int) -> Iterator[Piece]:
-    """Cut *parts* of one file, in the order of their bytes, into pieces that can be read independently."""
+def pieces(parts: Sequence[Part], block_nbytes: int, *, at_once: int = 1) -> Iterator[Piece]:
+    """Cut *parts* of one file, in the order of their bytes, into pieces to be read independently: *at_once* blocks."""
     for span in _spans(parts):
         nbytes = span[0].chunk.nbytes
         if len(span) > 1 or nbytes < SPAN_NBYTES:
             yield Piece(span, None, True)
         else:
-            last = -(-nbytes // block_nbytes) - 1
-            yield from (Piece(span, block, block == last) for block in range(last + 1))
+            every = range(-(-nbytes // block_nbytes))
+            for first in every[::at_once]:
+                some = every[first : first + at_once]
+                yield Piece(span, some, some.stop == every.stop)
+
+
+def blocks_at_once(storage: Readable, block_nbytes: int) -> int:
+    """How many blocks of *storage* to read at a time: one, where a read costs nothing."""
+    return max(1, storage.read_nbytes // block_nbytes) if isinstance(storage, Distant) else 1
 
 
 def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[list[Part]]:
@@ -123,11 +130,11 @@ class CheckedReader:
 
         What was read together is given to *place*, where there is one, instead of being copied into *memory*.
         """
-        if piece.block is None:
+        if piece.blocks is None:
             span = self._read_span(file, piece.parts)
             (place or _placing_in(memory))(piece.parts, span)
         else:
-            self._read_block(file, piece.parts[0], piece.block, memory)
+            self._read_blocks(file, piece.parts[0], piece.blocks, memory)
 
     def blocks(self, file: File, part: Part) -> Iterator[tuple[int, memoryview]]:
         """Every block of *part* of *file*, checked: where it begins in the chunk, and its bytes, until the next one."""
@@ -164,13 +171,15 @@ class CheckedReader:
         if not is_whole:
             into[:] = view[start - first : stop - first]
 
-    def _read_block(self, file: File, part: Part, block: int, memory: Memory) -> None:
-        start = block * self._manifest.block_nbytes
-        stop = min(start + self._manifest.block_nbytes, part.chunk.nbytes)
+    def _read_blocks(self, file: File, part: Part, some: range, memory: Memory) -> None:
+        nbytes = self._manifest.block_nbytes
+        start, stop = some.start * nbytes, min(some.stop * nbytes, part.chunk.nbytes)
         into = memory(part.tensor, part.chunk)
         view = memoryview(bytearray(stop - start)) if into is None else into[start:stop]
         self._fill(file, part.chunk.start + start, view, part.tensor)
-        self._check(file, part, block, view)
+        for block in some:
+            at = block * nbytes - start
+            self._check(file, part, block, view[at : at + nbytes])
 
     def _read_span(self, file: File, span: Sequence[Part]) -> memoryview:
         """The bytes from the first of *span* to the end of the last; those of the parts are right."""

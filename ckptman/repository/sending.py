@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import xxhash
@@ -16,7 +18,7 @@ from ckptman.repository.reading import Part
 from ckptman.storage.base import Buffer, Expects, KeyMissing, NotAFile, Storage, lacking
 
 PIECE_NBYTES = 16 << 20
-"""What is read and written at a time, in one buffer that begins at a page: what local files like best."""
+"""What is read and written at a time, in buffers that begin at a page: what local files like best."""
 
 Progress = Callable[[int], object]
 """Called with a number of bytes that are dealt with."""
@@ -37,7 +39,9 @@ def send(
 
     Durable when it returns, but for its name (`Storage.persist`). The header and every part are compared with their
     digests as they pass, so what arrives is what was checked. Bytes of tensors that *manifest* does not name (in a
-    file that it borrows) have no digest in it, and are copied as they are. Takes 16 MiB of memory.
+    file that it borrows) have no digest in it, and are copied as they are. While a piece is written the next one is
+    read and checked on another thread, so this takes 32 MiB of memory; when it returns or raises nothing is read any
+    more.
 
     Raises:
         IntegrityError: The file differs from its digests, or is missing. Nothing is stored under *key*.
@@ -46,16 +50,44 @@ def send(
     step = manifest.step
     _check_size(source, file, step)
     checks = _Checks(file, _spans(manifest, file, parts), step)
-    memory = _pages(min(PIECE_NBYTES, file.nbytes))
+
+    def read(start: int, into: memoryview) -> memoryview:
+        _read(source, file, start, into, step)
+        checks.feed(start, into)
+        return into
+
     with target.open_new(key) as out:
         if isinstance(out, Expects):
             out.expect(file.nbytes)
-        for start, stop in blocks(file.nbytes, PIECE_NBYTES):
-            piece = memory[: stop - start]
-            _read(source, file, start, piece, step)
-            checks.feed(start, piece)
-            out.write(piece)
-            progress(stop - start)
+        with closing(_ahead(read, file.nbytes)) as pieces:
+            for piece in pieces:
+                out.write(piece)
+                progress(len(piece))
+
+
+def _ahead(read: Callable[[int, memoryview], memoryview], nbytes: int) -> Generator[memoryview, None, None]:
+    """Every piece of *nbytes* that *read* has read, in order; each is the caller's until the next one is asked for."""
+    starts = [start for start, _ in blocks(nbytes, PIECE_NBYTES)]
+    if len(starts) < 2:  # to start a thread takes longer
+        yield from (read(start, _pages(nbytes)) for start in starts)
+        return
+    memory = _pages(PIECE_NBYTES), _pages(PIECE_NBYTES)
+    with ThreadPoolExecutor(1, thread_name_prefix="ckptman-copy") as beside:
+
+        def begin(number: int) -> Callable[[], memoryview]:
+            start, into = starts[number], memory[number % 2][: nbytes - starts[number]]
+            try:
+                return beside.submit(read, start, into).result
+            except RuntimeError:  # the interpreter waits for this copy before it ends, and starts no thread any more
+                piece = read(start, into)
+                return lambda: piece
+
+        coming = begin(0)
+        for number in range(len(starts)):
+            piece = coming()
+            if number + 1 < len(starts):
+                coming = begin(number + 1)
+            yield piece
 
 
 def _pages(nbytes: int) -> memoryview:

@@ -225,6 +225,20 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class Distant(Protocol):
+    """
+    A storage across a network, asked by requests, each of which costs as much as many bytes.
+
+    This machine keeps no copy of it: every process that reads fetches anew, so what several ranks of a host read is
+    better fetched once. (Of files, NFS included, the page cache keeps it.)
+    """
+
+    @property
+    def read_nbytes(self) -> int:
+        """How much of a file to ask for at a time, if so much of it is wanted."""
+
+
+@runtime_checkable
 class Swaps(Protocol):
     """
     A storage that can also change a value, provided that nobody else did meanwhile (compare and swap).
@@ -247,16 +261,3 @@ class Swaps(Protocol):
             KeyChanged: Another version is there (perhaps of our own try whose answer was lost: read it back).
             StorageError: The medium failed. The value is the old or the new one.
         """
-
-
-@runtime_checkable
-class Distant(Protocol):
-    """
-    A storage that is across a network, and of which this machine keeps no copy: every process that reads fetches anew.
-
-    What several ranks of a host read from it is better fetched once. (Of files, NFS included, the page cache keeps it.)
-    """
-
-    @property
-    def is_distant(self) -> bool:
-        """Whether it is so here."""

@@ -143,11 +143,6 @@ class ObjectStorage:
         """None: no file lock reaches here."""
         return None
 
-    @property
-    def is_distant(self) -> bool:
-        """Yes: no cache of the system's keeps objects."""
-        return True
-
     # creating
 
     def create(self, key: str, data: Buffer) -> None:
@@ -173,6 +168,11 @@ class ObjectStorage:
         """Nothing to do: a put that was answered is durable with its name."""
 
     # reading
+
+    @property
+    def read_nbytes(self) -> int:
+        """16 MiB: a request costs a server as much as about one of them. See `Distant`."""
+        return 16 << 20
 
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole value, of at most *limit* bytes. See `Storage.read`."""

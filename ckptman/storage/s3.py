@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
@@ -25,9 +25,15 @@ from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
 from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Parts
 
+if TYPE_CHECKING:
+    from ckptman.storage.s3_receiving import Receiving
+
 Result = TypeVar("Result")
 
 READS_AT_ONCE = 8
+RECEIVED_NBYTES = 1 << 20
+"""From here on, receiving takes longer than asking, and is worth a connection of its own."""
+
 STALE = timedelta(days=1)
 _NONCE = "ckptman-nonce"
 
@@ -40,6 +46,9 @@ class S3Driver:
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._fs = filesystem
         self._retry = retry
+        from ckptman.storage.s3_receiving import Receiver  # botocore is there where an S3 driver is
+
+        self._receiver = Receiver(filesystem)
 
     # requests
 
@@ -116,6 +125,11 @@ class S3Driver:
         if not into:
             self.size(path)
             return 0
+        if RECEIVED_NBYTES <= len(into) <= PART_NBYTES and self._receiver.is_usable:
+            asked = {"Range": f"bytes={start}-{start + len(into) - 1}"}
+            found = self._run(self._prepared("get_object", path, **asked)).into(into, start)
+            if found is not None:
+                return found
         ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
         return sum(self._run(_together([self._get_range(path, at, part) for at, part in ranges])))
 
@@ -195,13 +209,24 @@ class S3Driver:
             more = {"ContinuationToken": page["NextContinuationToken"]}
 
     async def _request(self, method: str, path: str, *, _key: str = "Key", **arguments: Any) -> Mapping[str, Any]:
+        _, sending = await self._sending(method, path, _key=_key, **arguments)
+        return await sending
+
+    async def _prepared(self, method: str, path: str, **arguments: Any) -> Receiving:
+        return await self._receiver.prepare(*await self._sending(method, path, **arguments))
+
+    async def _sending(
+        self, method: str, path: str, *, _key: str = "Key", **arguments: Any
+    ) -> tuple[Any, Awaitable[Mapping[str, Any]]]:
+        """The client for *path*, and its call."""
         # s3fs has the session, the region of the bucket, and what users want added to requests (encryption, …). Its
         # own way of sending would try again, translate the error and sleep once more before raising it.
         bucket, _, key = path.partition("/")
         await self._fs.set_session()
-        send = getattr(await self._fs.get_s3(bucket), method)
+        client = await self._fs.get_s3(bucket)
+        send = getattr(client, method)
         arguments = self._fs._get_s3_method_kwargs(send, Bucket=bucket, **{_key: key}, **arguments)
-        return cast("Mapping[str, Any]", await send(**arguments))
+        return client, send(**arguments)
 
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         return self.wait(asyncio.run_coroutine_threadsafe(call, self._fs.loop))

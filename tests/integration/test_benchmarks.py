@@ -4,10 +4,12 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+from s3_server import S3Server
 
 from benchmarks import harness, plots, ranks, report, results, system
 from benchmarks.figures import Target, judge, lowest, pairs, ratios, summarise
@@ -15,6 +17,7 @@ from benchmarks.harness import Answer, Contestant, Place, Question
 from benchmarks.questions import QUESTIONS
 from benchmarks.rivals import RIVALS, TorchSave
 from benchmarks.scale import TINY
+from benchmarks.server import announce
 from benchmarks.states import adapted, trained
 from benchmarks.units import unit_for
 
@@ -27,10 +30,14 @@ OURS = [
 
 
 @pytest.mark.parametrize(("question", "contestant"), OURS)
-def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, contestant: str, tmp_path: Path) -> None:
+def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(
+    question: str, contestant: str, tmp_path: Path, s3_server: S3Server
+) -> None:
     """Each contestant of ours, and each floor, measures every column and target that the tables promise of it."""
     asked = QUESTIONS[question]
-    place = Place(folder=tmp_path, scale=TINY, repetition=0)
+    announce(s3_server.port, tmp_path)
+    place = Place(folder=tmp_path / "place", scale=TINY, repetition=0)
+    place.folder.mkdir()
     if (prepare := asked.contestants[contestant].prepare) is not None:
         prepare(place)
     measured = asked.contestants[contestant].run(place)
@@ -44,8 +51,8 @@ def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(question: str, con
 
 def test_every_question_has_a_target_and_all_its_names_exist() -> None:
     """A target or a floor that names nobody would be silently absent from the table."""
-    assert (len(QUESTIONS), len(OURS)) == (9, 24)
-    assert sum(len(question.targets) for question in QUESTIONS.values()) == 17
+    assert (len(QUESTIONS), len(OURS)) == (10, 30)
+    assert sum(len(question.targets) for question in QUESTIONS.values()) == 21
     for question in QUESTIONS.values():
         named = {target.contestant for target in question.targets}
         named |= {floor for target in question.targets for floor in target.floor}
@@ -243,6 +250,21 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     document = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert document["questions"]["durable"]["verdicts"][0]["is_met"] is False
     ElementTree.fromstring((page.parent / "performance" / "durable.svg").read_text("utf-8"))
+
+
+def test_object_stores_have_a_place_of_their_own(tmp_path: Path) -> None:
+    """A run of that question alone leaves the tables of the others as they are."""
+    page = tmp_path / report.PAGE
+    page.parent.mkdir(parents=True)
+    page.write_text(
+        f"{report.BEGIN}\nkept\n{report.END}\n{report.REMOTE_BEGIN}\nstale\n{report.END}\n", encoding="utf-8"
+    )
+    answer = Answer(repetitions=[{"ckptman": {"upload_s": 1.0}}])
+    report.publish(replace(run_of(tmp_path), answers={"remote": answer}), tmp_path)
+    text = page.read_text("utf-8")
+    assert "kept" in text
+    assert "stale" not in text
+    assert "| upload, s |" in text
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:

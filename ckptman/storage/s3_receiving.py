@@ -1,0 +1,124 @@
+"""
+Bytes of an S3 object, received on the caller's own thread, straight into the caller's memory.
+
+The client that s3fs has made prepares and signs a request, with all that its user has configured. Then this takes it
+off the client's hands, whose event loop would copy every byte three times, on the one thread that all requests share.
+What comes back counts only if it is just what was asked for; after anything else the client is to ask by itself, and
+its answer, or its error, counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from contextvars import ContextVar
+from typing import Any
+
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
+from urllib3.exceptions import HTTPError
+
+_EVENT = "before-send.s3.GetObject"
+_PIECE_NBYTES = 1 << 20
+_OWN_TRANSPORTS = frozenset({"connector_args", "http_session_cls"})
+
+_is_prepared_only: ContextVar[bool] = ContextVar("is_prepared_only", default=False)
+
+
+class _HandedOver(Exception):
+    """Carries a request out of the client that has prepared it."""
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+
+
+def _hand_over(request: Any, **_: object) -> None:
+    if _is_prepared_only.get():
+        raise _HandedOver(request)
+
+
+class Receiver:
+    """Ranges of objects, by botocore's blocking transport with the settings of the clients of *filesystem* (s3fs's)."""
+
+    def __init__(self, filesystem: Any) -> None:
+        self._fs = filesystem
+        self._transports: dict[Any, URLLib3Session] = {}  # by client; changed on the event loop only
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the user has given the client no transport of another kind."""
+        return not _OWN_TRANSPORTS & set(self._fs.config_kwargs)
+
+    async def prepare(self, client: Any, sending: Awaitable[object]) -> Receiving:
+        """The request that *client* prepares while it is *sending*. To be run as a task of its own, on the loop."""
+        if client not in self._transports:
+            self._transports[client] = self._transport_of(client)
+            client.meta.events.register_last(_EVENT, _hand_over)
+        _is_prepared_only.set(True)
+        try:
+            await sending
+        except _HandedOver as handed:
+            return Receiving(self._transports[client], handed.request)
+        raise AssertionError("the client has sent what it was only to prepare")
+
+    def _transport_of(self, client: Any) -> URLLib3Session:
+        # as botocore's own client makes it
+        config, verify = client.meta.config, self._fs.client_kwargs.get("verify")
+        if verify is None:
+            verify = self._fs.session.get_config_variable("ca_bundle")
+        return URLLib3Session(
+            verify=True if verify is None else verify,
+            proxies=get_environ_proxies(client.meta.endpoint_url) if config.proxies is None else config.proxies,
+            proxies_config=config.proxies_config,
+            timeout=(config.connect_timeout, config.read_timeout),
+            max_pool_connections=config.max_pool_connections,
+            client_cert=config.client_cert,
+        )
+
+
+class Receiving:
+    """A signed request for a range, not sent yet."""
+
+    def __init__(self, transport: URLLib3Session, request: Any) -> None:
+        self._transport = transport
+        self._request = request
+
+    def into(self, memory: memoryview, start: int) -> int | None:
+        """
+        Send it; fill *memory* with the bytes from *start* on, and return how many came.
+
+        Returns:
+            None if the server answered anything else. *memory* was not changed then.
+
+        Raises:
+            ConnectionError: The answer ended too early.
+            botocore.exceptions.HTTPClientError: There was none.
+        """
+        raw = self._transport.send(self._request).raw
+        try:
+            nbytes = _promised(raw, start)
+            if nbytes is None or nbytes > len(memory):
+                return None
+            _fill(memory[:nbytes], raw)
+            raw.release_conn()
+        except HTTPError as error:
+            raise ConnectionError(f"the answer broke off: {error}") from error
+        finally:
+            raw.close()  # the connection too, unless it was released: what is left on it belongs to nobody
+        return nbytes
+
+
+def _promised(raw: Any, start: int) -> int | None:
+    """How many bytes from *start* on the answer has; None if it is none about them."""
+    if raw.status != 206 or not raw.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        return None
+    length = raw.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() else None
+
+
+def _fill(memory: memoryview, raw: Any) -> None:
+    done = 0
+    while done < len(memory):
+        got = raw.readinto(memory[done : done + _PIECE_NBYTES])
+        if not got:
+            raise ConnectionError(f"the answer ended after {done} of {len(memory)} bytes")
+        done += got
