@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from ckptman.errors import CkptmanError
 from ckptman.format.names import check_metric
@@ -18,6 +18,7 @@ from ckptman.integrations.files import tag_of
 from ckptman.integrations.lightning.paths import resume_path, split, tags
 from ckptman.integrations.lightning.plugin import CkptmanCheckpointIO
 from ckptman.integrations.lightning.random_streams import TrainerStreams
+from ckptman.integrations.lightning.spread import SpreadSaves
 
 
 class CkptmanCheckpoint(ModelCheckpoint):
@@ -45,6 +46,7 @@ class CkptmanCheckpoint(ModelCheckpoint):
         super().__init__(os.fspath(dirpath), filename, **options)
         self._streams = TrainerStreams()
         self._plugin = CkptmanCheckpointIO()
+        self._spread: SpreadSaves | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bring the plugin into the strategy, so that every path of ours can be loaded."""
@@ -52,6 +54,9 @@ class CkptmanCheckpoint(ModelCheckpoint):
         strategy = trainer.strategy
         if isinstance(strategy.checkpoint_io, CkptmanCheckpointIO):
             self._plugin = strategy.checkpoint_io
+            return
+        if isinstance(strategy, ModelParallelStrategy):
+            self._spread = SpreadSaves(trainer, weights_only=self.save_weights_only)
             return
         if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
             raise MisconfigurationException(
@@ -77,7 +82,24 @@ class CkptmanCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is committed. Raises on every rank what a save failed with on one."""
         super().on_train_end(trainer, pl_module)
-        self._on_rank_zero(trainer, self._plugin.wait)
+        if self._spread is not None:
+            self._spread.wait()
+        else:
+            self._on_rank_zero(trainer, self._plugin.wait)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if ``save_on_exception`` asks for it; then wait for nobody who may be gone."""
+        super().on_exception(trainer, pl_module, exception)
+        spread, self._spread = self._spread, None
+        if spread is not None:
+            spread.abandon(exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the root. Raises on every rank what a save failed with on one."""
+        super().teardown(trainer, pl_module, stage)
+        spread, self._spread = self._spread, None
+        if spread is not None:
+            spread.close()
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Whether a checkpoint of that name exists, the same answer on all ranks."""
@@ -86,11 +108,20 @@ class CkptmanCheckpoint(ModelCheckpoint):
         return bool(trainer.strategy.reduce_boolean_decision(found, all=False))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        options = {"background": True, "metrics": _numbers(trainer)}
-        self._on_rank_zero(trainer, lambda: self._plugin.save_checkpoint(checkpoint, filepath, options))
+        if self._spread is not None:
+            self._spread.save(filepath, _numbers(trainer))
+        else:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            options = {"background": True, "metrics": _numbers(trainer)}
+            self._on_rank_zero(trainer, lambda: self._plugin.save_checkpoint(checkpoint, filepath, options))
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self._spread is not None:
+            self._spread.remove(filepath)
+        else:
+            super()._remove_checkpoint(trainer, filepath)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         # a symbolic link is a second name here, which a second save gives: what did not change is not written again
