@@ -8,10 +8,14 @@ listens to; what must follow a commit (a tag, a copy) belongs into the training 
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from ckptman.types import Checkpoint
+
+_log = logging.getLogger("ckptman")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,3 +113,25 @@ class Hook(Protocol):
     """Anything that can be called with an event."""
 
     def __call__(self, event: Event, /) -> object: ...
+
+
+class Hooks:
+    """
+    All that want to hear of events. One that raises is logged, and stops nothing.
+
+    Raises:
+        TypeError: One of *hooks* cannot be called.
+    """
+
+    def __init__(self, hooks: Iterable[Hook]) -> None:
+        self._hooks = tuple(hooks)
+        if not all(callable(hook) for hook in self._hooks):
+            raise TypeError(f"hooks must be callable with an event, got {hooks!r}")
+
+    def emit(self, event: Event) -> None:
+        """Call all of them with *event*."""
+        for hook in self._hooks:
+            try:
+                hook(event)
+            except Exception:  # noqa: BLE001 - a hook cannot stop a save
+                _log.exception("the hook %r failed on %s", hook, type(event).__name__)

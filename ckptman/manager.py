@@ -8,26 +8,21 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from ckptman.boundary import Boundary
 from ckptman.coordinator import Coordinator, Solo, current
-from ckptman.errors import (
-    CkptmanError,
-    Preempted,
-    RankLost,
-    SaveFailed,
-    StorageError,
-)
+from ckptman.errors import Preempted, SaveFailed
 from ckptman.events import (
     BecameWriter,
     Committed,
     Damaged,
     Event,
     Hook,
+    Hooks,
     Pruned,
     Restored,
     SaveErred,
@@ -41,24 +36,21 @@ from ckptman.pipeline.background import PendingSave
 from ckptman.pipeline.budget import Limits
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
-from ckptman.pipeline.loss import failure as failure_of
 from ckptman.pipeline.mirroring import Mirror, Mirroring
 from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import fill
 from ckptman.pipeline.recall import recall
-from ckptman.pipeline.saving import Begun, Job, name_attempt, write_checkpoint
-from ckptman.pipeline.sharing import Attempted, Sharing
-from ckptman.pipeline.together import Turn, failed
+from ckptman.pipeline.saving import Job
+from ckptman.pipeline.starting import Begun, Starting
 from ckptman.preemption import Preemption, Watch
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
-from ckptman.repository.ownership import Ownership, take
+from ckptman.repository.ownership import Claim, Ownership
 from ckptman.repository.repository import Repository, Which, warn_passed_over
 from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule
-from ckptman.state.capture import Captured, capture
 from ckptman.state.kinds import check_state
 from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
@@ -139,34 +131,36 @@ class CheckpointManager:
             raise TypeError(f"save_every must be Every(…) or callable, got {save_every!r}")
         if not isinstance(keep, Keep):
             raise TypeError(f"keep must be a rule such as keep.last(3), got {keep!r}")
-        heard = tuple(hooks)
-        if not all(callable(hook) for hook in heard):
-            raise TypeError(f"hooks must be callable with an event, got {hooks!r}")
         if not lock_timeout >= 0:
             raise ValueError(f"lock_timeout must be 0 or more seconds, got {lock_timeout!r}")
         if not isinstance(preemption, Preemption):
             raise TypeError(f"preemption must be Preemption(…), got {preemption!r}")
         if self._state is None and mirror is not None:
             raise ValueError("a manager that is opened for reading has no mirror: give it a state")
+        self._hooks = Hooks(hooks)
         coordinator = Solo() if self._state is None else current(coordinator)
         self._ranks = Ranks(coordinator)
         self._watch = Watch(preemption)
         self._boundary = Boundary(coordinator.channel("steps"), self._watch)
-        self._sharing = Sharing(self._ranks)
         self._save_every = save_every
         self._keep = keep
         self._rng = rng
-        self._lock_timeout_s = lock_timeout
-        self._hooks = heard
-        self._owner: Ownership | None = None
         self._limits = limits
         self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         weakref.finalize(self, self._watch.signals.uninstall)
-        self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror)
+        tell = _weakly(self._hooks)
+        self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror, tell)
         mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
-        self._roots = Roots(root=self._repository, mirror=mirrored, emit=_weakly(self))
+        self._roots = Roots(root=self._repository, mirror=mirrored, emit=tell)
+        self._claim = Claim(
+            self._storage,
+            timeout_s=lock_timeout,
+            on_succession=self._background.drain,
+            on_taken=_welcoming(self._hooks, self._mirroring),
+        )
+        self._starting = Starting(self._ranks, self._claim, rng=rng)
         weakref.finalize(self, self._engine.forget)
         self._half_restored: str | None = None
         self._is_closed = False
@@ -246,30 +240,25 @@ class CheckpointManager:
         began, created_at = time.monotonic(), utc_now()
         try:
             state = self._check_open_for_saving()
-            json_metrics = metrics_to_json(metrics)
-            checked_tags = tuple(dict.fromkeys(check_tag(tag) for tag in tags))
-            check_step(step)
+            job = Job(
+                step=check_step(step),
+                created_at=created_at,
+                metrics=metrics_to_json(metrics),
+                tags=tuple(dict.fromkeys(check_tag(tag) for tag in tags)),
+                preempted=preempted,
+                keep=self._keep,
+            )
         except Exception as error:
-            self._tell_all(error)
+            if self._ranks.are_many and not self._is_closed:
+                self._engine.admit(block=True)
+                self._starting.tell_all(error)
             raise
         self._engine.admit(block=block or self._ranks.are_many)
         failure = self._background.uncollected()
         if failure is not None and preempted:
             _log.error("an earlier save failed, and this process is about to end: saving step %d all the same", step)
             failure = None
-
-        def job_of(captured: Mapping[str, Captured]) -> Job:
-            return Job(
-                step=step,
-                created_at=created_at,
-                metrics=json_metrics,
-                tags=checked_tags,
-                preempted=preempted,
-                captured={name: replace(part, leaves=()) for name, part in captured.items()},
-                keep=self._keep,
-            )
-
-        begun = (self._begin_together if self._ranks.are_many else self._begin_alone)(state, job_of, step, failure)
+        begun = self._starting.begin(job, state, failure)
         self._boundary.saved()
         try:
             if block:
@@ -283,7 +272,7 @@ class CheckpointManager:
                 begun.attempts,
                 step=step,
                 began=began,
-                on_staged=lambda nbytes, stall_s: self._emit(
+                on_staged=lambda nbytes, stall_s: self._hooks.emit(
                     Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s)
                 ),
             )
@@ -291,76 +280,20 @@ class CheckpointManager:
             begun.abandon(error)
             raise
 
-    def _tell_all(self, error: Exception) -> None:
-        """This rank cannot begin a save, for *error*: the others, who may be about to, would wait for it."""
-        if not self._ranks.are_many or self._is_closed:
-            return
-
-        def part() -> bytes:
-            raise error
-
-        self._engine.admit(block=True)
-        with suppress(CkptmanError):  # it is raised on the others; here it is the caller who raises it
-            self._ranks.conclude(part)
-
-    def _begin_alone(
-        self,
-        state: Mapping[str, object],
-        job_of: Callable[[Mapping[str, Captured]], Job],
-        step: int,
-        failure: BaseException | None,
-    ) -> Begun:
-        if failure is not None:
-            raise failure
-        owner = self._own_to_save(step)
-        with no_search_for_cycles():
-            captured = capture(state, rng=self._rng)
-        job = job_of(captured)
-        attempts = {entry.attempt for entry in owner.newest.checkpoints}
-        return Begun(job, captured, attempts, lambda source: write_checkpoint(owner, job, source), lambda _: None)
-
-    def _begin_together(
-        self,
-        state: Mapping[str, object],
-        job_of: Callable[[Mapping[str, Captured]], Job],
-        step: int,
-        failure: BaseException | None,
-    ) -> Begun:
-        def captured_here() -> Mapping[str, Captured]:
-            if failure is not None:
-                raise failure
-            try:
-                with no_search_for_cycles():
-                    return capture(state, rng=self._rng)
-            except Exception as error:
-                raise failed(step, error) from error
-
-        def named() -> Attempted:
-            owner = self._own_to_save(step)
-            attempts = [entry.attempt for entry in owner.newest.checkpoints]
-            return Attempted(attempt=name_attempt(owner, step), after=owner.newest.number, attempts=attempts)
-
-        try:
-            captured, shared = self._sharing.begin(step, captured_here, named)
-        except RankLost as lost:
-            raise failure_of(step, lost) from lost
-        turn = Turn(self._ranks, self._storage, self._owner, job_of(captured), shared)
-        return Begun(turn.job, shared.mine, shared.attempts, turn.write, turn.abandon)
-
     def _write(self, begun: Begun, source: Source, began: float) -> Checkpoint:
         job = begun.job
         try:
             saved = begun.write(source)
         except BaseException as error:
-            self._emit(SaveErred(root=self.root, step=job.step, error=error))
+            self._hooks.emit(SaveErred(root=self.root, step=job.step, error=error))
             raise
         self._engine.borrowing.saved(saved.manifest)
         duration_s = time.monotonic() - began
         _log.info("saved step %d to %s: %d bytes in %.2f s", job.step, self.root, saved.checkpoint.nbytes, duration_s)
         self._watch.took(duration_s)
-        self._emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
+        self._hooks.emit(Committed(root=self.root, checkpoint=saved.checkpoint, duration_s=duration_s))
         if saved.pruned:
-            self._emit(Pruned(root=self.root, steps=saved.pruned))
+            self._hooks.emit(Pruned(root=self.root, steps=saved.pruned))
         self._notify_mirror()
         return saved.checkpoint
 
@@ -378,20 +311,6 @@ class CheckpointManager:
     def _check_open(self) -> None:
         if self._is_closed:
             raise ValueError(f"this manager of {self.root} is closed")
-
-    def _own(self) -> Ownership:
-        if self._owner is None:
-            self._owner = take(self._storage, timeout_s=self._lock_timeout_s, on_succession=self._background.drain)
-            self._emit(BecameWriter(root=self.root, epoch=self._owner.writer.epoch))
-            self._notify_mirror()
-        self._owner.check()
-        return self._owner
-
-    def _own_to_save(self, step: int) -> Ownership:
-        try:
-            return self._own()
-        except StorageError as error:
-            raise SaveFailed(f"saving step {step} failed, nothing was committed: {error}", step=step) from error
 
     # ------------------------------------------------------------------ restoring
 
@@ -433,7 +352,7 @@ class CheckpointManager:
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, checkpoint.url, duration_s)
-            self._emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
+            self._hooks.emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
 
     def _recall(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
@@ -445,7 +364,7 @@ class CheckpointManager:
 
     def _pass_over(self, step: int, reason: str) -> Skipped:
         warn_passed_over(step, self.root, reason)
-        self._emit(Damaged(root=self.root, step=step, reason=reason))
+        self._hooks.emit(Damaged(root=self.root, step=step, reason=reason))
         return Skipped(step=step, reason=reason)
 
     def _load(
@@ -525,7 +444,7 @@ class CheckpointManager:
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
         self._background.drain()
-        self._ranks.do(lambda: self._ranks.rank or self._own().commit(change, what))
+        self._ranks.do(lambda: self._ranks.rank or self._claim.owner().commit(change, what))
         self._notify_mirror()
 
     # ------------------------------------------------------------------ draining
@@ -559,8 +478,7 @@ class CheckpointManager:
         self._is_closed = True
         self._watch.signals.uninstall()
         self._engine.close()
-        if self._owner is not None:
-            self._owner.release()
+        self._claim.release()
         self._ranks.close()
         if self._mirroring is not None:
             self._mirroring.close(waits=not self._watch.has_noticed)
@@ -590,26 +508,33 @@ class CheckpointManager:
         if self._mirroring is not None and self._ranks.rank == 0:
             self._mirroring.notify()
 
-    def _emit(self, event: Event) -> None:
-        for hook in self._hooks:
-            try:
-                hook(event)
-            except Exception:  # noqa: BLE001 - a hook cannot stop a save
-                _log.exception("the hook %r failed on %s", hook, type(event).__name__)
+
+def _welcoming(hooks: Hooks, mirroring: Mirroring | None) -> Callable[[Ownership], None]:
+    """What happens when this process has become the writer; the mirror may have to catch up."""
+
+    def welcome(owner: Ownership) -> None:
+        hooks.emit(BecameWriter(root=owner.storage.url, epoch=owner.writer.epoch))
+        if mirroring is not None:
+            mirroring.notify()
+
+    return welcome
 
 
 def _mirroring(
-    manager: CheckpointManager, source: Storage, mirror: str | os.PathLike[str] | Storage | Mirror
+    manager: CheckpointManager,
+    source: Storage,
+    mirror: str | os.PathLike[str] | Storage | Mirror,
+    emit: Callable[[Event], None],
 ) -> Mirroring:
     """Its thread ends with the manager."""
-    mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), _weakly(manager))
+    mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), emit)
     weakref.finalize(manager, mirroring.stop)
     return mirroring
 
 
-def _weakly(manager: CheckpointManager) -> Callable[[Event], None]:
-    """Emits events of *manager*, and does not keep it alive: one that nobody refers to any more lets go of all."""
-    reached = weakref.WeakMethod(manager._emit)
+def _weakly(hooks: Hooks) -> Callable[[Event], None]:
+    """Calls *hooks*, and does not keep them alive: they may know the manager, which must not live for its threads."""
+    reached = weakref.WeakMethod(hooks.emit)
 
     def emit(event: Event) -> None:
         tell = reached()

@@ -174,9 +174,8 @@ def _save(storage: Storage, step: int, taken: capturing.Taken, files: Files, loc
             metrics={},
             tags=(),
             preempted=False,
-            captured={name: replace(part, leaves=()) for name, part in taken.captured.items()},
             keep=keep.everything,
-        )
+        ).having(taken.captured)
         source = Source(
             [file for file, _ in planned],
             Borrowed(),

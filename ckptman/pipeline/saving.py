@@ -19,8 +19,8 @@ import platform
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -56,8 +56,12 @@ class Job:
     metrics: JsonMetrics
     tags: tuple[str, ...]
     preempted: bool
-    captured: Mapping[str, Captured]
     keep: Keep
+    captured: Mapping[str, Captured] = field(default_factory=dict)
+
+    def having(self, captured: Mapping[str, Captured]) -> Job:
+        """This save, now that the state is *captured*. The tensors are not kept alive."""
+        return replace(self, captured={name: replace(part, leaves=()) for name, part in captured.items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,26 +71,6 @@ class Saved:
     checkpoint: Checkpoint
     manifest: Manifest
     pruned: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """
-    A save that may be staged.
-
-    Attributes:
-        job: The save.
-        captured: What this process stages: file → its leaves.
-        attempts: What it may borrow from.
-        write: Writes and commits, from what is staged.
-        abandon: For a failure of staging: tells whoever waits for ``write``. Does nothing once that was called.
-    """
-
-    job: Job
-    captured: Mapping[str, Captured]
-    attempts: Collection[str]
-    write: Callable[[Source], Saved]
-    abandon: Callable[[BaseException], None]
 
 
 def write_checkpoint(owner: Ownership, job: Job, source: Source) -> Saved:

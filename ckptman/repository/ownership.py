@@ -203,6 +203,45 @@ def take(
     return owner
 
 
+class Claim:
+    """
+    A process's wish to be the writer of a root: nothing is taken until ``owner`` is first asked for.
+
+    Args:
+        storage: The root.
+        timeout_s: Seconds to wait for a writer in another process to go away.
+        on_succession: As for `take`.
+        on_taken: Called once this process is the writer.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        timeout_s: float,
+        on_succession: Callable[[], object],
+        on_taken: Callable[[Ownership], object],
+    ) -> None:
+        self.storage = storage
+        self.held: Ownership | None = None
+        self._timeout_s = timeout_s
+        self._on_succession = on_succession
+        self._on_taken = on_taken
+
+    def owner(self) -> Ownership:
+        """Become the writer, unless this process is it already. Raises as `take` does, and Fenced."""
+        if self.held is None:
+            self.held = take(self.storage, timeout_s=self._timeout_s, on_succession=self._on_succession)
+            self._on_taken(self.held)
+        self.held.check()
+        return self.held
+
+    def release(self) -> None:
+        """Let go of what was taken."""
+        if self.held is not None:
+            self.held.release()
+
+
 def _known(root: str) -> Callable[[Storage], str]:
     return lambda storage: root
 

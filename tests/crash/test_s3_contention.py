@@ -56,7 +56,7 @@ def history(server: S3Server, kind: type[ObjectStorage], *, writers: int, second
     first = server.storage()
     with CheckpointManager(first, {"w": torch.ones(1)}, rng=False) as manager:
         manager.save(0, block=True)
-        template = manager._own().newest.checkpoints[0]
+        template = manager._claim.owner().newest.checkpoints[0]
 
     def act(tell: Tell) -> None:
         storage = kind(first.url, filesystem=server.storage()._filesystem, single_writer=True)

@@ -71,7 +71,7 @@ def _save_own(rank: int, root: str) -> dict[str, Any]:
     with CheckpointManager(root, state) as manager:
         manager.save(1, block=True)
         if rank == 1:  # the plan serves again, and a rank that lost it, alone, gets one anew
-            manager._sharing = Sharing(manager._ranks)
+            manager._starting.sharing = Sharing(manager._ranks)
         manager.save(2).result()
     return look(state)
 

@@ -127,7 +127,7 @@ def test_listing_a_thousand_checkpoints_takes_two_requests(s3_server: S3Server, 
     storage = s3_server.storage(port=proxy.port)
     with CheckpointManager(storage, {"w": torch.ones(1)}, rng=False) as manager:
         manager.save(0, block=True)
-        owner = manager._own()
+        owner = manager._claim.owner()
         entry = owner.newest.checkpoints[0]
         copies = [msgspec.structs.replace(entry, step=step, attempt=named(entry.attempt, step)) for step in range(1000)]
         owner.commit(lambda entries: copies, "a thousand")

@@ -275,17 +275,17 @@ def test_an_interrupted_take_over_leaves_the_first_owner_in_place(tmp_path: Path
     x = {"x": torch.ones(1)}
     first = CheckpointManager(tmp_path, x)
     first.save(1, block=True)
-    assert first._owner is not None
-    drain = first._owner._on_succession
+    assert first._claim.held is not None
+    drain = first._claim.held._on_succession
 
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    first._owner._on_succession = interrupted
+    first._claim.held._on_succession = interrupted
     second = CheckpointManager(tmp_path, x, lock_timeout=0)
     with pytest.raises(KeyboardInterrupt):
         second.save(2)
-    first._owner._on_succession = drain
+    first._claim.held._on_succession = drain
     second.save(2, block=True)
     second.close()
     first.close()
