@@ -13,9 +13,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ckptman.integrations.documents import DOCUMENT, Part, rest_of, without_parts
-from ckptman.integrations.files import named, tag_of
+from ckptman.integrations.files import tag_of
 from ckptman.integrations.lightning.paths import locate, split
-from ckptman.manager import CheckpointManager
+from ckptman.integrations.lightning.together import Together
 
 _STATES = ("state_dict", "optimizer_states")
 
@@ -33,23 +33,24 @@ class SpreadSaves:
     Args:
         trainer: Its strategy asks this, and no longer itself, for what lies in a root.
         weights_only: Leave the optimizers out.
+
+    Attributes:
+        together: The root.
     """
 
     def __init__(self, trainer: Trainer, *, weights_only: bool) -> None:
         self._trainer = trainer
         self._weights_only = weights_only
         self._document = Part({})
-        self._root = ""
-        self._manager: CheckpointManager | None = None
-        self._dropped: list[str] = []
+        self.together = Together(trainer.strategy, self._state)
         self._load_other = trainer.strategy.load_checkpoint
         trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]
 
     def save(self, path: str, metrics: Mapping[str, float]) -> None:
         """Save as *path*, with the *metrics* of rank 0. Returns once it is staged; raises on all ranks alike."""
         trainer, (root, name) = self._trainer, split(path)
-        manager = self._manager_of(root)
-        self._drop_what_was_replaced()
+        manager = self.together.at(root)
+        self.together.drop()
         with _leaving_out_states(trainer.strategy):
             document = trainer._checkpoint_connector.dump_checkpoint(self._weights_only)
         for key in _STATES:
@@ -71,68 +72,31 @@ class SpreadSaves:
             return self._load_other(checkpoint_path, weights_only)
         root, which = place
         is_resumed = self._trainer.state.fn == TrainerFn.FITTING
-        self._manager_of(root).restore(
+        self.together.at(root).restore(
             which,
             only=None if is_resumed else {"model", DOCUMENT},
             strict=self._trainer.lightning_module.strict_loading,
         )
         return rest_of(self._document.content)
 
-    def remove(self, path: str) -> None:
-        """Let *path* go once what is saved next is committed."""
-        self._dropped.append(path)
+    def close(self, error: BaseException | None = None) -> None:
+        """
+        Leave the strategy and the root, as `Together.leave`; without an *error* wait for everything first.
 
-    def wait(self) -> None:
-        """Wait until everything is committed, and let go what was removed. Raises what a save failed with."""
-        if self._manager is not None:
-            self._manager.wait()
-            self._drop_what_was_replaced()
-
-    def close(self) -> None:
-        """As `wait`; and leave the strategy and the root. Raises what a save failed with."""
-        try:
-            self.wait()
-        finally:
-            self._leave(None)
-
-    def abandon(self, error: BaseException) -> None:
-        """Leave because of *error*, which other ranks may not have: nobody is waited for in vain."""
-        self._leave(error)
-
-    def _leave(self, error: BaseException | None) -> None:
+        Raises what a save failed with.
+        """
         vars(self._trainer.strategy).pop("load_checkpoint", None)
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.__exit__(None if error is None else type(error), error, None)
+        try:
+            if error is None:
+                self.together.wait()
+        finally:
+            self.together.leave(error)
 
-    def _manager_of(self, root: str) -> CheckpointManager:
-        """The manager of the live objects at *root*: kept as long as the root is the same."""
-        if self._manager is not None and root == self._root:
-            return self._manager
-        if self._manager is not None:
-            self._manager.close()
+    def _state(self) -> dict[str, object]:
         strategy = self._trainer.strategy
         optimizers = [] if self._weights_only else strategy.optimizers
-        state: dict[str, object] = {"model": strategy.model, DOCUMENT: self._document}
-        state |= {"optimizer" if not index else f"optimizer-{index}": one for index, one in enumerate(optimizers)}
-        self._root = root
-        self._manager = CheckpointManager(root, state, keep=named, rng=False)
-        return self._manager
-
-    def _drop_what_was_replaced(self) -> None:
-        dropped, self._dropped = self._dropped, []
-        if not dropped or self._manager is None:
-            return
-        manager, strategy = self._manager, self._trainer.strategy
-        manager.wait()
-        for path in dropped:
-            tag = tag_of(split(path)[1])
-            found = [(one.step, len(one.tags)) for one in manager.checkpoints() if tag in one.tags]
-            for step, names in strategy.broadcast(found):  # as rank 0 sees it: all have to do the same
-                if names == 1:
-                    manager.delete(step)
-                else:
-                    manager.untag(step, tag)
+        numbered = {"optimizer" if not index else f"optimizer-{index}": one for index, one in enumerate(optimizers)}
+        return {"model": strategy.model, **numbered, DOCUMENT: self._document}
 
 
 @contextmanager
