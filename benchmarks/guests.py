@@ -1,17 +1,20 @@
 """
 What a save costs inside a framework: its own beside ckptman's.
 
-    python -m benchmarks.guests [--width 2048] [--repetitions 5]
+    python -m benchmarks.guests [--width 2048] [--repetitions 5] [--out guests.json]
 
-One model (three square layers and AdamW moments) under Lightning, accelerate and ignite. Each repetition saves once in
-either way, in turn, after a training step, and measures how long training waits (stall), how long until the save is
-done (time: for ckptman durable and committed, for the frameworks, which do not fsync, handed to the page cache), and
-the bytes that lie on the disk. Prints medians.
+One model (three square layers and AdamW moments) under the Hugging Face Trainer, Lightning, accelerate and ignite.
+(With Ray Train a save is that of a plain loop; what Ray keeps of it is a pointer of a hundred bytes.) Each repetition
+saves once in either way, in turn, after a training step (the Hugging Face Trainer: one run after the other), and
+measures how long training waits (stall), how long until the save is done (time: for ckptman durable and committed, for
+the frameworks, which do not fsync, handed to the page cache), and the bytes that lie on the disk. Prints medians;
+``--out`` gets all samples as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import tempfile
@@ -139,6 +142,61 @@ def ignite(width: int, place: Path) -> dict[str, tuple[Callable[[], None], Save]
     return {"ignite": (step, save(own, lambda: None)), "ignite with ckptman": (step, save(ours, saver._manager.wait))}
 
 
+Figures = dict[str, list[tuple[float, float]]]
+
+
+def transformers(width: int, place: Path, repetitions: int) -> Figures:
+    """Through ``Trainer._save_checkpoint``, called by ``train`` after every step; one run after the other."""
+    from transformers import Trainer, TrainingArguments
+
+    from ckptman.integrations.transformers import CkptmanTrainer
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model_of(width)
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.net(x).square().mean()}
+
+    def figures(kind: type[Trainer], **options: object) -> list[tuple[float, float]]:
+        found: list[tuple[float, float]] = []
+
+        class Timed(kind):
+            def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+                session = getattr(self, "_ckptman_session", None)
+                finish = (lambda: None) if session is None else session._manager.wait
+                found.append(timed(lambda: super(Timed, self)._save_checkpoint(*args, **kwargs), finish))
+
+        given = TrainingArguments(
+            output_dir=str(place / "own"), max_steps=repetitions + 1, save_steps=1, per_device_train_batch_size=2,
+            use_cpu=True, report_to=[], disable_tqdm=True, logging_strategy="no",
+        )  # fmt: skip
+        data = [{"x": row} for row in torch.randn(2 * repetitions + 2, width)]
+        Timed(Model(), given, train_dataset=data, **options).train()
+        return found
+
+    own, ours = figures(Trainer), figures(CkptmanTrainer, root=str(place / "ckptman"))
+    return {"Hugging Face Trainer": own, "Hugging Face Trainer with ckptman": ours}
+
+
+def in_turn(
+    framework: Callable[..., dict[str, tuple[Callable[[], None], Save]]],
+) -> Callable[[int, Path, int], Figures]:
+    """Measures the contestants of *framework* one after the other in each repetition."""
+
+    def measure(width: int, place: Path, repetitions: int) -> Figures:
+        contestants = framework(width, place)
+        figures: Figures = {name: [] for name in contestants}
+        for number in range(2, 3 + repetitions):
+            for name, (step, save) in contestants.items():
+                step()
+                figures[name].append(save(number))
+        return figures
+
+    return measure
+
+
 def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -147,23 +205,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guests")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"| save of {given.width**2 * 3 * 12 / 2**20:.0f} MiB by | stall | time | bytes |\n|---|---|---|---|")
-    for framework in (lightning, accelerate, ignite):
+    document: dict[str, object] = {}
+    for measure in (transformers, in_turn(lightning), in_turn(accelerate), in_turn(ignite)):
         place = Path(tempfile.mkdtemp(prefix="guests-"))
-        contestants = framework(given.width, place)
-        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
-        for number in range(2, 3 + given.repetitions):
-            for name, (step, save) in contestants.items():
-                step()
-                figures[name].append(save(number))
-        for name, measured in figures.items():
+        for name, measured in measure(given.width, place, given.repetitions).items():
             stall, done = (statistics.median(values) for values in zip(*measured[1:], strict=True))
             folder = place / ("ckptman" if "ckptman" in name else "own")
-            nbytes = size_of(folder) / len(measured) / 2**20
-            print(f"| {name} | {stall:.3f} s | {done:.3f} s | {nbytes:.1f} MiB |", flush=True)
+            nbytes = size_of(folder) / len(measured)
+            print(f"| {name} | {stall:.3f} s | {done:.3f} s | {nbytes / 2**20:.1f} MiB |", flush=True)
+            samples = [{"stall_s": one, "time_s": other} for one, other in measured[1:]]
+            document[name] = {"stall_s": stall, "time_s": done, "nbytes": nbytes, "samples": samples}
         shutil.rmtree(place)
+    if given.out is not None:
+        given.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from ckptman.cli._arguments import Step, json_option, root_argument
+from ckptman.cli._progress import progress_of_all
 from ckptman.cli._render import note, print_json, print_text, size
 from ckptman.errors import CkptmanError
 from ckptman.storage.base import Storage
@@ -40,7 +41,10 @@ def export(
     from ckptman.convert import export_checkpoint  # late: it needs torch
 
     try:
-        done = export_checkpoint(storage, step, out, to=to, components=components or None, config=config)
+        with progress_of_all(is_shown=not as_json) as tell:
+            done = export_checkpoint(
+                storage, step, out, to=to, components=components or None, config=config, progress=tell
+            )
     except ValueError as error:
         if isinstance(error, CkptmanError):
             raise

@@ -8,6 +8,7 @@ import click
 
 from ckptman.cli._arguments import json_option, lock_timeout_option, root_argument
 from ckptman.cli._documents import checkpoint_document
+from ckptman.cli._progress import progress_of_all
 from ckptman.cli._render import count, note, print_json, print_text, size
 from ckptman.errors import CkptmanError
 from ckptman.storage.base import Storage
@@ -32,7 +33,10 @@ def import_(
     from ckptman.convert import import_checkpoint  # late: it needs torch
 
     try:
-        found = import_checkpoint(storage, source, step=step, kinds=_pairs(kinds), lock_timeout=lock_timeout_s)
+        with progress_of_all(is_shown=not as_json) as tell:
+            found = import_checkpoint(
+                storage, source, step=step, kinds=_pairs(kinds), lock_timeout=lock_timeout_s, progress=tell
+            )
     except ValueError as error:
         if isinstance(error, CkptmanError):
             raise

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from ckptman.convert.foreign import Document, Foreign, ForeignTensor, Part
+from ckptman.convert.stored import Progress
 from ckptman.errors import FormatError
 from ckptman.format.values import Marker, TensorRef, from_json
 from ckptman.pipeline.arena import SLOT_NBYTES, Arena, Slot
@@ -124,13 +125,21 @@ def plan(captured: Mapping[str, Captured]) -> list[tuple[PlannedFile, Sequence[L
 
 
 def slots(
-    planned: Sequence[tuple[PlannedFile, Sequence[Leaf]]], data: Mapping[str, ForeignTensor], arena: Arena
+    planned: Sequence[tuple[PlannedFile, Sequence[Leaf]]],
+    data: Mapping[str, ForeignTensor],
+    arena: Arena,
+    progress: Progress | None,
 ) -> Iterator[Slot]:
-    """Every segment of every file, filled when it is asked for."""
+    """Every segment of every file, filled when it is asked for; *progress* is told what was."""
+    total = sum(segment.nbytes for file, _ in planned for segment in file.segments)
+    done = 0
     for file, leaves in planned:
         for segment in file.segments:
             slot = arena.take(wanted=SLOTS)
             _fill(slot.view[: segment.nbytes], segment, file, leaves, data)
+            done += segment.nbytes
+            if progress is not None:
+                progress(done, total)  # before it is written: nobody comes back here for what follows the last slot
             yield slot
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ckptman.convert import dcp, huggingface, optimizers, safetensors_file, torch_file
 from ckptman.convert.exported import Exported, Wanted
 from ckptman.convert.placing import new_file, placed, refuse_taken
-from ckptman.convert.stored import StoredCheckpoint
+from ckptman.convert.stored import Progress, StoredCheckpoint
 from ckptman.repository.repository import Which
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import local_path, open_storage
@@ -28,6 +28,7 @@ def export_checkpoint(
     config: str | os.PathLike[str] | None = None,
     shard_nbytes: int = 5_000_000_000,
     storage_options: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
 ) -> Exported:
     """
     Write a checkpoint in another tool's format. Every byte is checked on the way, and durable when this returns.
@@ -47,6 +48,7 @@ def export_checkpoint(
         config: The model's ``config.json``, for ``"hf"``, where the checkpoint has none.
         shard_nbytes: Where to begin a further file of weights, for ``"hf"``.
         storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
+        progress: Called in between with how many bytes of tensors are done, and of how many.
 
     Raises:
         CheckpointNotFound: There is no such checkpoint or component.
@@ -63,7 +65,7 @@ def export_checkpoint(
     path = local_path(out)
     refuse_taken(path)
     only = None if components is None else ({components} if isinstance(components, str) else set(components))
-    source = StoredCheckpoint(open_storage(root, storage_options=storage_options), which, only)
+    source = StoredCheckpoint(open_storage(root, storage_options=storage_options), which, only, progress)
     wanted = Wanted(config=None if config is None else Path(config), shard_nbytes=shard_nbytes)
     return writer(source, path, wanted)
 

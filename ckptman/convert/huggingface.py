@@ -210,7 +210,7 @@ def _write_weights(
     folder: Path, entries: Mapping[str, StoredTensor], source: StoredCheckpoint, shard_nbytes: int
 ) -> int:
     shards = list(_shards(entries, shard_nbytes))
-    total = sum(one.nbytes for one in entries.values())
+    source.expected_nbytes = total = sum(one.nbytes for one in entries.values())
     written = 0
     weights: dict[str, str] = {}
     for number, names in enumerate(shards, 1):

@@ -20,6 +20,7 @@ from pathlib import Path
 from ckptman.convert import accelerate, capturing, dcp, huggingface, optimizers, safetensors_file, torch_file
 from ckptman.convert.files import Files
 from ckptman.convert.foreign import Foreign, Part, as_kind, raw
+from ckptman.convert.stored import Progress
 from ckptman.errors import FormatError, SaveFailed
 from ckptman.format.names import check_step
 from ckptman.pipeline.borrowing import Borrowed
@@ -63,6 +64,7 @@ def import_checkpoint(
     kinds: Mapping[str, str] | None = None,
     lock_timeout: float = 60.0,
     storage_options: Mapping[str, object] | None = None,
+    progress: Progress | None = None,
 ) -> Imported:
     """
     Import *source*, a checkpoint of another tool, into *root*.
@@ -82,6 +84,7 @@ def import_checkpoint(
             the guess would be wrong.
         lock_timeout: Seconds to wait for another writer to go away.
         storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
+        progress: Called in between with how many bytes are done, and of how many.
 
     Raises:
         UnsupportedState: It would have to be unpickled; the message names the global. The root is untouched.
@@ -98,7 +101,7 @@ def import_checkpoint(
         check_state(dict.fromkeys(found.parts), rng=False)
         taken = capturing.take(found)
         _refuse_existing(storage, number)
-        checkpoint = _save(storage, number, taken, files, lock_timeout)
+        checkpoint = _save(storage, number, taken, files, lock_timeout, progress)
     return Imported(
         checkpoint=checkpoint,
         format=found.format,
@@ -162,7 +165,14 @@ def _refuse_existing(storage: Storage, step: int) -> None:
         raise ValueError(f"{storage.url} has a step {step} already: delete it first, or import as another step")
 
 
-def _save(storage: Storage, step: int, taken: capturing.Taken, files: Files, lock_timeout_s: float) -> Checkpoint:
+def _save(
+    storage: Storage,
+    step: int,
+    taken: capturing.Taken,
+    files: Files,
+    lock_timeout_s: float,
+    progress: Progress | None,
+) -> Checkpoint:
     owner = take(storage, timeout_s=lock_timeout_s)
     with ExitStack() as stack:
         stack.callback(owner.release)
@@ -181,7 +191,7 @@ def _save(storage: Storage, step: int, taken: capturing.Taken, files: Files, loc
         source = Source(
             [file for file, _ in planned],
             Borrowed(),
-            capturing.slots(planned, taken.data, arena),
+            capturing.slots(planned, taken.data, arena, progress),
             arena,
             files.check_unchanged,
         )

@@ -19,6 +19,9 @@ from ckptman.state.stored import Stored
 from ckptman.state.tensors import as_bytes, dtype_of
 from ckptman.storage.base import Storage
 
+Progress = Callable[[int, int], object]
+"""Called with how many bytes are done, and of how many."""
+
 BATCH_NBYTES = 64 << 20
 """Tensors are read so many bytes at a time, or one at a time where one is larger."""
 
@@ -41,11 +44,18 @@ class StoredTensor:
 
 
 class StoredCheckpoint:
-    """One checkpoint, opened for export."""
+    """
+    One checkpoint, opened for export.
 
-    def __init__(self, storage: Storage, which: Which, only: Collection[str] | None) -> None:
+    Attributes:
+        expected_nbytes: How many bytes of tensors will be read in all, where several calls of `tensors` read them.
+    """
+
+    def __init__(
+        self, storage: Storage, which: Which, only: Collection[str] | None, progress: Progress | None = None
+    ) -> None:
         """
-        Open the checkpoint *which* of *storage*, with the components *only* (None: all).
+        Open the checkpoint *which* of *storage*, with the components *only* (None: all); tell *progress* what is read.
 
         Raises:
             CheckpointNotFound: There is no such checkpoint, or no such component in it.
@@ -67,6 +77,9 @@ class StoredCheckpoint:
         )
         self._tensors = {tensor.name: tensor for tensor in self.manifest.tensors}
         self._made: dict[str, StoredTensor] = {}
+        self._progress = progress
+        self._done_nbytes = 0
+        self.expected_nbytes = 0
 
     def kind(self, component: str) -> str:
         """The kind of *component*."""
@@ -99,11 +112,15 @@ class StoredCheckpoint:
             IntegrityError: The checkpoint is damaged.
             StorageError: The medium failed.
         """
+        total = self.expected_nbytes or sum(one.nbytes for one in wanted)
         for batch in _batches(wanted):
             part = msgspec.structs.replace(self.manifest, tensors=tuple(self._tensors[one.name] for one in batch))
             targets = {one.name: torch.empty(one.shape, dtype=dtype_of(one.dtype)) for one in batch}
             fill(self.storage, part, targets)
             for one in batch:
+                self._done_nbytes += one.nbytes
+                if self._progress is not None:
+                    self._progress(self._done_nbytes, total)
                 yield one, as_bytes(targets[one.name])
             targets.clear()  # before the next ones are made
 

@@ -152,6 +152,22 @@ def take_apart(document: Mapping[str, object], names: Mapping[str, str]) -> dict
     return {**parts, DOCUMENT: Part(whole)}
 
 
+def without_parts(rest: Mapping[str, object], weights: Mapping[str, str]) -> dict[str, object]:
+    """
+    The component ``document`` of a document whose *weights* (key → component) are saved as live modules beside it, so
+    that it can be read whole, too.
+    """
+    plain = {key: {"ordered": True, "metadata": None} for key in weights}
+    return {"order": [*weights, *rest], "places": dict(weights), "weights": plain, "rest": dict(rest)}
+
+
+def rest_of(whole: object) -> dict[Any, Any]:
+    """What the component ``document`` itself holds. Raises FormatError if it is none."""
+    if not isinstance(whole, dict) or whole.keys() != {"order", "places", "weights", "rest"}:
+        raise FormatError("this checkpoint was not saved by a framework: it has no document")
+    return dict(whole["rest"])
+
+
 def put_together(parts: Mapping[str, object]) -> dict[Any, Any]:
     """The document whose components came back as *parts*. Raises FormatError if it never was one."""
     whole = parts.get(DOCUMENT)
@@ -209,7 +225,7 @@ def _read(storage: Storage, repository: Repository, entry: Entry) -> dict[Any, A
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
     filling = Filling(tensors, {})
     gives = {}
-    for name in manifest.components:
+    for name in manifest.shared_components:  # what a rank has of its own is for that rank
         stored = Stored(manifest, name, tensors)
         gives[name] = give_tree(None, stored.tree, stored, filling, device=CPU)
     fill(storage, manifest, filling.targets, threads=Limits().io_threads)

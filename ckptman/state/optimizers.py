@@ -220,7 +220,7 @@ class _Loading:
         give_back(self._name, lambda: self._optimizer.load_state_dict(packed))
         for name, parameter in members:
             if name in exact and parameter in self._optimizer.state:
-                self._optimizer.state[parameter] = _settled(self._optimizer.state[parameter], exact[name])
+                self._optimizer.state[parameter] = settled(self._optimizer.state[parameter], exact[name])
 
     def _packed_groups(self) -> list[dict[str, Any]]:
         numbers = count()
@@ -282,15 +282,15 @@ def _carried(value: Any) -> Any:
     return value if isinstance(value, _CARRIED) else None
 
 
-def _settled(loaded: Any, exact: Any) -> Any:
+def settled(loaded: Any, exact: Any) -> Any:
     """*loaded* with the exact values where ``load_state_dict`` has cast a tensor, or was not given a value."""
     if isinstance(exact, torch.Tensor):
         is_cast = isinstance(loaded, torch.Tensor) and loaded.shape == exact.shape and loaded.dtype != exact.dtype
         return exact.to(loaded.device) if is_cast else loaded
     if type(exact) is dict and isinstance(loaded, dict):
         for key in exact.keys() & loaded.keys():
-            loaded[key] = _settled(loaded[key], exact[key])
+            loaded[key] = settled(loaded[key], exact[key])
         return loaded
     if type(exact) in (list, tuple) and type(loaded) is type(exact) and len(loaded) == len(exact):
-        return type(exact)(_settled(one, other) for one, other in zip(loaded, exact, strict=True))
+        return type(exact)(settled(one, other) for one, other in zip(loaded, exact, strict=True))
     return exact if loaded is None else loaded

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 
 from ckptman.errors import CkptmanError
 from ckptman.format.names import check_metric
@@ -18,6 +17,8 @@ from ckptman.integrations.files import tag_of
 from ckptman.integrations.lightning.paths import resume_path, split, tags
 from ckptman.integrations.lightning.plugin import CkptmanCheckpointIO
 from ckptman.integrations.lightning.random_streams import TrainerStreams
+from ckptman.integrations.lightning.spread import SpreadSaves
+from ckptman.integrations.lightning.staged import StagedSaves
 
 
 class CkptmanCheckpoint(ModelCheckpoint):
@@ -36,15 +37,19 @@ class CkptmanCheckpoint(ModelCheckpoint):
     ``ckpt_path=…``, or restore the component ``model`` with a `CheckpointManager`. Loggers that upload such files are
     not told of them.
 
+    Where ranks hold parts of the model (``ModelParallelStrategy``), each saves its own; of a strategy that writes
+    checkpoints its own way (FSDP, DeepSpeed) the files are saved that it writes, in the foreground: see `StagedSaves`.
+
     Raises:
-        MisconfigurationException: As ``ModelCheckpoint``; in ``setup``, if the strategy does not let one process
-            write the whole checkpoint (FSDP, model-parallel, DeepSpeed).
+        MisconfigurationException: As ``ModelCheckpoint``; in ``setup``, if the strategy writes its own files, and has
+            no folder for them or ranks that cannot talk to each other.
     """
 
     def __init__(self, dirpath: str | os.PathLike[str], filename: str | None = None, **options: Any) -> None:
         super().__init__(os.fspath(dirpath), filename, **options)
         self._streams = TrainerStreams()
         self._plugin = CkptmanCheckpointIO()
+        self._of_all_ranks: SpreadSaves | StagedSaves | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Bring the plugin into the strategy, so that every path of ours can be loaded."""
@@ -54,10 +59,9 @@ class CkptmanCheckpoint(ModelCheckpoint):
             self._plugin = strategy.checkpoint_io
             return
         if type(strategy).save_checkpoint is not Strategy.save_checkpoint:
-            raise MisconfigurationException(
-                f"CkptmanCheckpoint cannot save from {type(strategy).__name__}, which writes checkpoints its own way: "
-                "it needs a strategy where one process has the whole state, such as a single device or DDP"
-            )
+            saves = SpreadSaves if isinstance(strategy, ModelParallelStrategy) else StagedSaves
+            self._of_all_ranks = saves(trainer, weights_only=self.save_weights_only)
+            return
         self._plugin = CkptmanCheckpointIO(fallback=strategy.checkpoint_io)
         strategy.checkpoint_io = self._plugin
 
@@ -77,7 +81,25 @@ class CkptmanCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait until everything is committed. Raises on every rank what a save failed with on one."""
         super().on_train_end(trainer, pl_module)
-        self._on_rank_zero(trainer, self._plugin.wait)
+        if self._of_all_ranks is not None:
+            self._of_all_ranks.together.wait()
+        else:
+            self._on_rank_zero(trainer, self._plugin.wait)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if ``save_on_exception`` asks for it; then wait for nobody who may be gone."""
+        super().on_exception(trainer, pl_module, exception)
+        self._close(exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the root. Raises on every rank what a save failed with on one."""
+        super().teardown(trainer, pl_module, stage)
+        self._close()
+
+    def _close(self, error: BaseException | None = None) -> None:
+        saves, self._of_all_ranks = self._of_all_ranks, None
+        if saves is not None:
+            saves.close(error)
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Whether a checkpoint of that name exists, the same answer on all ranks."""
@@ -86,11 +108,20 @@ class CkptmanCheckpoint(ModelCheckpoint):
         return bool(trainer.strategy.reduce_boolean_decision(found, all=False))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        options = {"background": True, "metrics": _numbers(trainer)}
-        self._on_rank_zero(trainer, lambda: self._plugin.save_checkpoint(checkpoint, filepath, options))
+        if self._of_all_ranks is not None:
+            self._of_all_ranks.save(filepath, _numbers(trainer))
+        else:
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            options = {"background": True, "metrics": _numbers(trainer)}
+            self._on_rank_zero(trainer, lambda: self._plugin.save_checkpoint(checkpoint, filepath, options))
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self._of_all_ranks is not None:
+            self._of_all_ranks.together.remove(filepath)
+        else:
+            super()._remove_checkpoint(trainer, filepath)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, torch.Tensor]) -> None:
         # a symbolic link is a second name here, which a second save gives: what did not change is not written again

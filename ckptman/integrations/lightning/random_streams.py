@@ -1,4 +1,4 @@
-"""The random streams, which Lightning leaves out of its checkpoints."""
+"""What Lightning leaves out of its checkpoints, the random streams, or loads inexactly, the moments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
+from ckptman.integrations.lightning.moments import uncast
 from ckptman.integrations.streams import Gather, RankStreams, continue_from
 
 KEY = "ckptman"
@@ -16,7 +18,8 @@ KEY = "ckptman"
 
 class TrainerStreams(Callback):
     """
-    Saves the random streams of every rank with each checkpoint of a ``Trainer``, and continues them on resume.
+    Saves the random streams of every rank with each checkpoint of a ``Trainer``, and continues them on resume; and puts
+    moments back in their own dtype, where Lightning's loading has cast them to that of the parameter.
 
     `CkptmanCheckpoint` does this already; this is for ``ModelCheckpoint`` beside the `CkptmanCheckpointIO` plugin.
 
@@ -27,6 +30,7 @@ class TrainerStreams(Callback):
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._moments: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the streams of all ranks to *checkpoint*. Collective."""
@@ -38,11 +42,15 @@ class TrainerStreams(Callback):
         checkpoint[KEY] = {"streams": streams, "in_epoch": in_epoch}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the streams of *checkpoint*, if it has any."""
+        """Remember the streams and moments of *checkpoint*, if it has any."""
         self._loaded = checkpoint.get(KEY)
+        is_resumed = trainer.state.fn == TrainerFn.FITTING and trainer.strategy.lightning_restore_optimizer
+        self._moments = checkpoint.get("optimizer_states", []) if is_resumed else []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Continue from the streams that were loaded."""
+        """Continue from the streams and the moments that were loaded."""
+        moments, self._moments = self._moments, []
+        uncast(trainer.strategy.optimizers, moments)
         loaded, self._loaded = self._loaded, None
         if loaded is None:
             return

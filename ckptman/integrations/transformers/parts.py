@@ -60,15 +60,17 @@ def trainer_values(trainer: Trainer) -> dict[str, Any]:
 def rank_values(trainer: Trainer) -> dict[str, Any]:
     """What is this process's own, in plain values: its random streams, and the loss since the last log."""
     loss = getattr(trainer, "_tr_loss", None)
-    streams = snapshot()
-    devices = {name: [_plain(state) for state in states] for name, states in streams.devices.items()}
     return {
-        "rng": msgspec.structs.asdict(
-            msgspec.structs.replace(streams, torch=_plain(streams.torch), devices=devices),
-        ),
+        "rng": plain_streams(snapshot()),
         "loss": 0.0 if loss is None else loss.item(),
         "logged_at": getattr(trainer, "_globalstep_last_logged", trainer.state.global_step),
     }
+
+
+def plain_streams(streams: GlobalStreams) -> dict[str, Any]:
+    """*streams* in plain values; `put_back_streams` takes them as ``{"rng": …}``."""
+    devices = {name: [_plain(state) for state in states] for name, states in streams.devices.items()}
+    return msgspec.structs.asdict(msgspec.structs.replace(streams, torch=_plain(streams.torch), devices=devices))
 
 
 def configs(model: object) -> dict[str, Any]:

@@ -168,9 +168,11 @@ class Session:
         self._notice = self._notice or self._ranks.of_first((self._notices.received or "").encode()).decode()
         return bool(self._notice)
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, ahead: dict[str, Any] | None) -> None:
         """
-        Save the live state as the step that it is at. Returns once it is staged.
+        Save the live state as the step that it is at, and the streams *ahead* of which a batch was fetched already.
+
+        Returns once it is staged.
 
         Raises:
             Preempted: A notice had arrived, and the checkpoint is committed.
@@ -181,7 +183,7 @@ class Session:
         if is_best:
             self.best_step = state.global_step
             state.best_model_checkpoint = self.name_of_best()
-        said = self._ranks.exchange(to_json(rank_values(trainer), "ranks"))
+        said = self._ranks.exchange(to_json({**rank_values(trainer), "ahead": ahead}, "ranks"))
 
         def save() -> None:
             assert self._manager is not None

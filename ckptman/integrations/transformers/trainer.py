@@ -13,6 +13,7 @@ from transformers.trainer_utils import TrainOutput
 from ckptman.errors import IntegrityError
 from ckptman.integrations.transformers.choosing import WORDS, Resume, check_resume
 from ckptman.integrations.transformers.directory import faults
+from ckptman.integrations.transformers.fetching import Fetches, watch
 from ckptman.integrations.transformers.parts import put_back_loss, put_back_streams
 from ckptman.integrations.transformers.refusals import refuse_arguments, refuse_trainer
 from ckptman.integrations.transformers.session import Session
@@ -36,12 +37,12 @@ class CkptmanMixin(Base):  # type: ignore[misc]
     continues the newest intact checkpoint there is, or starts afresh: run the same command again after any kind of end.
 
     Promised: a resumed run has the weights, moments, schedule, losses, random streams and data order of one that was
-    never interrupted, bit for bit, on the same machine with as many processes, wherever the data set and the collator
-    draw no random numbers of their own.
+    never interrupted, bit for bit, on the same machine with as many processes; what data set and collator draw at
+    random included.
 
-    *Not* promised: what a collator draws for the first batches after a resume in mid-epoch (the Trainer has fetched a
-    batch ahead); a state of `Trainer` subclasses beyond what is listed here; anything about the output directory, where
-    ckptman writes nothing and deletes nothing.
+    *Not* promised: what data set and collator draw after a resume in mid-epoch, where worker processes do it
+    (``dataloader_num_workers``) or the data set is iterable; a state of `Trainer` subclasses beyond what is listed
+    here; anything about the output directory, where ckptman writes nothing and deletes nothing.
 
     Example:
         >>> trainer = CkptmanTrainer(model, args, train_dataset=data, root="runs/a")  # doctest: +SKIP
@@ -88,6 +89,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         self._ckptman_resume = check_resume(resume)
         self._ckptman_lock_timeout = lock_timeout
         self._ckptman_session: Session | None = None
+        self._ckptman_fetches = Fetches()
         super().__init__(*args, **kwargs)
         refuse_trainer(self)
         self.add_callback(_Watching(self))
@@ -174,7 +176,33 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             # a run that was killed after its last save; the Trainer would train one step more before it looks
             self.control.should_training_stop = True
             return
+        self._ckptman_begin_epoch(**kwargs)
         super()._run_epoch(*args, **kwargs)
+
+    def _ckptman_begin_epoch(
+        self,
+        *,
+        train_dataloader: Any = None,
+        epoch: int = 0,
+        epochs_trained: int = 0,
+        steps_trained_in_current_epoch: int = 0,
+        resume_from_checkpoint: str | None = None,
+        **_: Any,
+    ) -> None:
+        """Watch what the loader fetches; in the epoch that a checkpoint is in the middle of, go on as it would have."""
+        is_resumed = epoch == epochs_trained and resume_from_checkpoint is not None and not self.args.ignore_data_skip
+        skipped = steps_trained_in_current_epoch if is_resumed else 0
+        own = None
+        if skipped and self._ckptman_session is not None and self._ckptman_is_ours(resume_from_checkpoint):
+            own = self._ckptman_session.of_this_rank()
+        self._ckptman_fetches.begin(skipped, own if own is not None and "ahead" in own else None)
+        watch(train_dataloader, self._ckptman_fetches.before_batch)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As the Trainer's; counts what was taken."""
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self._ckptman_fetches.take(len(batches))
+        return batches, count
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         session = self._ckptman_session
@@ -182,7 +210,7 @@ class CkptmanMixin(Base):  # type: ignore[misc]
             raise ValueError("ckptman saves while train() runs: use save_model() for a model outside of it")
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
-        session.save(self)
+        session.save(self, self._ckptman_fetches.ahead())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._ckptman_is_ours(resume_from_checkpoint):
@@ -204,6 +232,8 @@ class CkptmanMixin(Base):  # type: ignore[misc]
         session = self._ckptman_session
         if session is None or not self._ckptman_is_ours(checkpoint):
             super()._load_rng_state(checkpoint)
+            return
+        if self._ckptman_fetches.has_continued:
             return
         own = session.of_this_rank()
         if own is not None:

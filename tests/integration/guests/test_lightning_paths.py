@@ -12,11 +12,12 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from s3_server import S3Server
 from torch.utils.data import DataLoader, TensorDataset
 
-from ckptman import CheckpointManager, DamagedCheckpointWarning, UnsupportedState
-from ckptman.integrations.documents import read
+from ckptman import CheckpointManager, DamagedCheckpointWarning, FormatError, StateMismatch, UnsupportedState
+from ckptman.integrations.documents import Part, read
 from ckptman.integrations.lightning import (
     CkptmanCheckpoint,
     CkptmanCheckpointIO,
@@ -168,16 +169,47 @@ def test_a_file_of_lightnings_own_is_still_loaded(tmp_path: Path) -> None:
     assert same(weights(other), weights(model))
 
 
-def test_a_strategy_that_writes_its_own_way_is_refused(tmp_path: Path) -> None:
-    """FSDP and its kind would leave each rank with a part: said before training."""
-    from lightning.pytorch.strategies import SingleDeviceStrategy
+class Folders(SingleDeviceStrategy):
+    """Writes a folder of two files, one of them empty, and reads it."""
 
-    class Sharded(SingleDeviceStrategy):
-        def save_checkpoint(self, *_: object, **__: object) -> None:
-            raise AssertionError
+    def save_checkpoint(self, checkpoint: dict, filepath: Path, storage_options: object = None) -> None:
+        (filepath / "inner").mkdir(parents=True)
+        torch.save(checkpoint, filepath / "inner" / "all.pt")
+        (filepath / "empty").touch()
 
-    with pytest.raises(MisconfigurationException, match="Sharded, which writes checkpoints its own way"):
-        fit([CkptmanCheckpoint(tmp_path)], strategy=Sharded("cpu"))
+    def load_checkpoint(self, checkpoint_path: Path, weights_only: bool | None = None) -> dict:
+        assert (checkpoint_path / "empty").read_bytes() == b""
+        return torch.load(checkpoint_path / "inner" / "all.pt", weights_only=False)
+
+
+def test_a_strategy_that_writes_its_own_way_is_resumed_and_kept_as_others_are(tmp_path: Path) -> None:
+    """Its files are in the root: resumed and tested from, and removed when newer ones replace them."""
+    root = tmp_path / "root"
+    own = {"default_root_dir": tmp_path / "own"}
+    _, whole = fit([CkptmanCheckpoint(tmp_path / "whole")], strategy=Folders("cpu"), **own)
+    fit([CkptmanCheckpoint(root, save_last=True)], epochs=2, strategy=Folders("cpu"), **own)
+    again = [CkptmanCheckpoint(root, save_last=True)]
+    trainer, model = fit(again, ckpt_path="last", strategy=Folders("cpu"), **own)
+    assert same(weights(model), weights(whole))
+    assert [one.step for one in CheckpointManager(root).checkpoints()] == [9]
+    other = Model()
+    trainer.test(other, loader(2), ckpt_path=trainer.checkpoint_callback.best_model_path, verbose=False)
+    assert same(weights(other), weights(model))
+    assert not list((tmp_path / "own").rglob("*.ckpt"))
+
+
+def test_what_files_of_a_strategy_need_is_said(tmp_path: Path) -> None:
+    """A folder, before training; the same number of ranks; and names that stay in the folder."""
+    with pytest.raises(MisconfigurationException, match="give Trainer a default_root_dir that is a path"):
+        fit([CkptmanCheckpoint(tmp_path)], strategy=Folders("cpu"), default_root_dir="memory://somewhere")
+    for name, ranks, error in (("a", 2, StateMismatch), ("../a", 1, FormatError), ("/a", 1, FormatError)):
+        files = Part({"name": name, "world_size": ranks, "files": {name: torch.ones(1, dtype=torch.uint8)}})
+        with CheckpointManager(tmp_path / "root", {"files": files}, rng=False) as manager:
+            manager.save(3, block=True)
+        with pytest.raises(error):
+            own = {"strategy": Folders("cpu"), "default_root_dir": tmp_path / "own"}
+            fit([CkptmanCheckpoint(tmp_path / "root")], ckpt_path="last", **own)
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_root_may_be_in_an_object_store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,15 @@
 """``import`` and ``export`` on the command line: documents, exit codes, and what is told."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cli_roots import Run, everything
+
+from ckptman.convert import export_checkpoint, import_checkpoint
 
 
 @pytest.fixture
@@ -70,3 +75,47 @@ def test_damage_exits_4_and_leaves_no_file(run: Run, damaged: Path, tmp_path: Pa
     ran = run("export", damaged, 20, tmp_path / "out.safetensors", "--to", "safetensors")
     assert ran.code == 4
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("to", ["torch", "safetensors", "dcp", "hf"])
+def test_progress_counts_every_byte(to: str, tmp_path: Path) -> None:
+    """It never goes back, and ends with all of them: also over several files of weights."""
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    model = {"a": torch.ones(40, 10), "b": torch.ones(30, 10), "c": torch.ones(7)}
+    torch.save({"model": model, "epoch": 4}, tmp_path / "in.pt")
+    read: list[tuple[int, int]] = []
+    import_checkpoint(tmp_path / "root", tmp_path / "in.pt", step=1, progress=lambda *told: read.append(told))
+    written: list[tuple[int, int]] = []
+    options = {"config": config, "shard_nbytes": 1500} if to == "hf" else {}
+    told = lambda *told: written.append(told)
+    export_checkpoint(tmp_path / "root", 1, tmp_path / "out", to=to, progress=told, **options)
+    for steps, nbytes in ((written, 4 * (400 + 300 + 7)), (read, read[-1][0])):
+        assert steps == sorted(steps)
+        assert {total for _, total in steps} == {nbytes}
+        assert steps[-1] == (nbytes, nbytes)
+    assert len(written) == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a pseudo terminal")
+def test_a_bar_on_a_terminal_only(source: Path, tmp_path: Path) -> None:
+    """Import and export draw a bar on stderr where that is a terminal, and none with ``--json``."""
+
+    def on_a_terminal(*words: object) -> bytes:
+        import pty
+
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "ckptman", *map(str, words)]
+        subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, check=True, timeout=60)
+        os.close(theirs)
+        try:
+            return os.read(ours, 1 << 16)
+        except OSError:  # how Linux tells that nothing was written
+            return b""
+        finally:
+            os.close(ours)
+
+    root = tmp_path / "new"
+    assert b"152/152 bytes" in on_a_terminal("import", root, source, "--step", 1)
+    assert b"24/24 bytes" in on_a_terminal("export", root, 1, tmp_path / "out.pt", "--to", "torch")
+    assert on_a_terminal("export", root, 1, tmp_path / "again.pt", "--to", "torch", "--json") == b""

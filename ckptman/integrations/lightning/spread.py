@@ -1,0 +1,111 @@
+"""Strategies that spread the model over ranks: its live parts and those of its optimizers, saved by all ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from ckptman.integrations.documents import DOCUMENT, Part, rest_of, without_parts
+from ckptman.integrations.files import tag_of
+from ckptman.integrations.lightning.paths import locate, split
+from ckptman.integrations.lightning.together import Together
+
+_STATES = ("state_dict", "optimizer_states")
+
+
+class SpreadSaves:
+    """
+    Saves a Trainer whose ranks each hold a part of the model (FSDP2, tensor parallelism), and loads it again.
+
+    Module and optimizers are handed to a `CheckpointManager` as they are: nothing is gathered or copied to one rank, no
+    optimizer makes a step to have a state, and they are restored in place, moments in their exact dtype, on any number
+    of ranks. All else that Lightning saves is the component ``document``.
+
+    Collective: every rank has one, and calls the same methods in the same order.
+
+    Args:
+        trainer: Its strategy asks this, and no longer itself, for what lies in a root.
+        weights_only: Leave the optimizers out.
+
+    Attributes:
+        together: The root.
+    """
+
+    def __init__(self, trainer: Trainer, *, weights_only: bool) -> None:
+        self._trainer = trainer
+        self._weights_only = weights_only
+        self._document = Part({})
+        self.together = Together(trainer.strategy, self._state)
+        self._load_other = trainer.strategy.load_checkpoint
+        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]
+
+    def save(self, path: str, metrics: Mapping[str, float]) -> None:
+        """Save as *path*, with the *metrics* of rank 0. Returns once it is staged; raises on all ranks alike."""
+        trainer, (root, name) = self._trainer, split(path)
+        manager = self.together.at(root)
+        self.together.drop()
+        with _leaving_out_states(trainer.strategy):
+            document = trainer._checkpoint_connector.dump_checkpoint(self._weights_only)
+        for key in _STATES:
+            document.pop(key, None)
+        self._document.content = without_parts(document, {"state_dict": "model"})
+        manager.save(trainer.global_step, tags=[tag_of(name)], metrics=trainer.strategy.broadcast(dict(metrics)))
+
+    def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """
+        Restore *checkpoint_path* into the live objects, and give Lightning the rest.
+
+        A path of no root is left to the strategy.
+
+        Raises:
+            StateMismatch, IntegrityError, StorageError: As `CheckpointManager.restore`, on all ranks alike.
+        """
+        place = locate(self._trainer.strategy.broadcast(os.fspath(checkpoint_path)))
+        if place is None:
+            return self._load_other(checkpoint_path, weights_only)
+        root, which = place
+        is_resumed = self._trainer.state.fn == TrainerFn.FITTING
+        self.together.at(root).restore(
+            which,
+            only=None if is_resumed else {"model", DOCUMENT},
+            strict=self._trainer.lightning_module.strict_loading,
+        )
+        return rest_of(self._document.content)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """
+        Leave the strategy and the root, as `Together.leave`; without an *error* wait for everything first.
+
+        Raises what a save failed with.
+        """
+        vars(self._trainer.strategy).pop("load_checkpoint", None)
+        try:
+            if error is None:
+                self.together.wait()
+        finally:
+            self.together.leave(error)
+
+    def _state(self) -> dict[str, object]:
+        strategy = self._trainer.strategy
+        optimizers = [] if self._weights_only else strategy.optimizers
+        numbered = {"optimizer" if not index else f"optimizer-{index}": one for index, one in enumerate(optimizers)}
+        return {"model": strategy.model, **numbered, DOCUMENT: self._document}
+
+
+@contextmanager
+def _leaving_out_states(strategy: Strategy) -> Iterator[None]:
+    """While a checkpoint is dumped, let *strategy* gather neither weights nor moments."""
+    strategy.lightning_module_state_dict = dict  # type: ignore[method-assign]
+    strategy.optimizer_state = lambda optimizer: {}  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del strategy.lightning_module_state_dict
+        del strategy.optimizer_state
