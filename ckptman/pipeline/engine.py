@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch.optim import Optimizer
 
 from ckptman.errors import SaveFailed
+from ckptman.pipeline import devices
 from ckptman.pipeline.arena import Arena, Slot, pages, pinned
 from ckptman.pipeline.background import Background, PendingSave
 from ckptman.pipeline.borrowing import Borrowed, Borrowing
@@ -190,8 +190,9 @@ class Engine:
             raise
 
     def _new_arena(self) -> Arena:
-        uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
+        if devices.are_in_use():
+            return Arena(self._limits.host_nbytes, allocate=pinned, at_once=1)
+        return Arena(self._limits.host_nbytes, allocate=pages)
 
     @no_search_for_cycles()
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:

@@ -208,7 +208,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _tells_before_it_steps(optimizer: Optimizer) -> bool:
-    """Whether every ``step()`` is known to run the hooks first: torch wraps the class's method so, and marks it."""
+    """
+    Whether every ``step()`` is known to run the hooks first: torch wraps the class's method so, and marks it.
+
+    One that is ``capturable`` may be part of a CUDA graph, whose replay runs no hook and moves no version counter.
+    """
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        return False
     own: Callable[..., object] | None = vars(optimizer).get("step")  # schedulers put a wrapper there, also marked
     is_known = own is None or hasattr(own, "_wrapped_by_lr_sched")
     return is_known and bool(getattr(type(optimizer).step, "hooked", False))
