@@ -99,7 +99,7 @@ class Engine:
         if not self._has_saved:
             self._arena.trim(BLOCKING_SLOTS)  # perhaps all saves of this program block: see Limits.prefault
         self._has_saved = True
-        borrowed = self._borrow(captured, attempts)
+        borrowed = self._borrow(captured, attempts, self._trained())
         staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
         with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
             if staging.nbytes <= ALONE_NBYTES:
@@ -140,11 +140,12 @@ class Engine:
         self._has_saved = True
         self._arena.stop()
         with self._renewing_the_arena_on_failure():
-            borrowed = self._borrow(captured, attempts)
+            trained = self._trained()
+            borrowed = self._borrow(captured, attempts, trained)
             staging = self._staging(captured, borrowed)
             stream = Stream(self._arena)
             fits = staging.reserve()
-            deferred = self._stage(staging, stream, captured, step) if fits else None
+            deferred = self._stage(staging, stream, captured, step, trained) if fits else None
             stall_s = time.monotonic() - began
             confirm = deferred.confirm if deferred else _nothing
             source = Source(staging.files, borrowed, iter(stream), self._arena, confirm)
@@ -198,14 +199,20 @@ class Engine:
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
         return Staging(self._arena, self._planner, captured, without=borrowed.keys, slots=slots)
 
-    @no_search_for_cycles()
-    def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
-        optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]
-        return self.borrowing.find(captured, trained=addresses(optimizers), attempts=attempts)
+    def _trained(self) -> set[int]:
+        return addresses(live for live in self._state.values() if isinstance(live, Optimizer))
 
-    def _stage(self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int) -> Deferred | None:
+    @no_search_for_cycles()
+    def _borrow(
+        self, captured: Mapping[str, Captured], attempts: Collection[str], trained: Collection[int]
+    ) -> Borrowed:
+        return self.borrowing.find(captured, trained=trained, attempts=attempts)
+
+    def _stage(
+        self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int, trained: Collection[int]
+    ) -> Deferred | None:
         """Copy everything, or leave a part of it to a thread."""
-        left = None if self.overlap is None else self.overlap.leave(captured, self._state)
+        left = None if self.overlap is None else self.overlap.leave(captured, self._state, trained)
         if self.overlap is None or not left:
             staging.run(stream)
             return None

@@ -114,7 +114,7 @@ class Staging:
         for source, segment in self._segments():
             slots.append(self._arena.take(wanted=self._others + self._wanted))
             self._fill(slots[-1], segment, source.tensors, chosen)
-        if any(chosen(tensor) and not tensor.is_cpu for source in self._sources for tensor in source.tensors):
+        if any(not tensor.is_cpu and chosen(tensor) for source in self._sources for tensor in source.tensors):
             self._side.wait()
         return slots
 

@@ -16,7 +16,7 @@ from lazy_device import LazyDevices, LazyTensor, Stream
 from ckptman.pipeline import arena as arenas
 from ckptman.pipeline import devices
 from ckptman.pipeline.arena import SLOT_NBYTES, Arena, pinned
-from ckptman.pipeline.overlap import Overlap
+from ckptman.pipeline.overlap import Overlap, addresses
 from ckptman.pipeline.planning import Planner
 from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream as Slots
@@ -215,5 +215,5 @@ def test_what_a_capturable_optimizer_owns_is_not_left() -> None:
     for capturable in (False, True):
         optimizer = torch.optim.AdamW([weight], capturable=capturable)
         overlap = Overlap()
-        assert bool(overlap.leave(captured, {"o": optimizer})) is not capturable
+        assert bool(overlap.leave(captured, {"o": optimizer}, addresses([optimizer]))) is not capturable
         overlap.close()
