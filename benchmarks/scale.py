@@ -15,7 +15,7 @@ class Scale:
         tensors: How many small ones there are in "many".
         checkpoints: How many the catalog lists.
         commits: How often an empty state is committed.
-        save_every_s, saves: Of the training loop.
+        save_every_s, saves: Of the training loop: length of an interval, and pairs of them, with a save and without.
         later_saves: Whose stalls are measured after the first one, in one process.
         pause_s: Before each timed block, after ``sync``.
         repetitions: Of every question that does not say otherwise.
@@ -46,7 +46,7 @@ FULL = Scale(
     checkpoints=10_000,
     commits=30,
     save_every_s=60,
-    saves=3,
+    saves=2,
     later_saves=3,
     pause_s=1.0,
     repetitions=5,
@@ -61,7 +61,7 @@ QUICK = Scale(
     checkpoints=10_000,
     commits=10,
     save_every_s=1.5,
-    saves=2,
+    saves=3,
     later_saves=2,
     pause_s=0.05,
     repetitions=3,

@@ -9,12 +9,14 @@ several times a copy (page faults).
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import mmap
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -28,12 +30,28 @@ SLOT_NBYTES = 16 << 20
 _HUGE_PAGE_NBYTES = 2 << 20
 
 
+class Arrival(Protocol):
+    """An event of a device: copies that were queued before it have arrived once ``synchronize`` returns."""
+
+    def synchronize(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Slot:
-    """`SLOT_NBYTES` of page-aligned host memory, as a tensor of bytes and as a buffer to be written from."""
+    """
+    `SLOT_NBYTES` of page-aligned host memory, as a tensor of bytes and as a buffer to be written from.
+
+    ``arrivals`` is what devices still copy to it: to be waited for before anybody looks.
+    """
 
     tensor: torch.Tensor
     view: memoryview
+    arrivals: list[Arrival] = field(default_factory=list)
+
+    def wait(self) -> None:
+        """Wait until every byte has arrived; for the thread that has the slot."""
+        while self.arrivals:
+            self.arrivals.pop().synchronize()
 
 
 Allocate = Callable[[int], torch.Tensor]
@@ -47,14 +65,18 @@ class Arena:
     Args:
         host_nbytes: The budget; None: half of what is free, asked again at every growth.
         allocate: Where memory comes from.
+        at_once: How many slots are taken with one allocation at most; None: as many as are needed.
 
     Where the system gives less than the budget allows, what it gave is the budget from then on, and a warning says so
     once. Memory is freed when the arena and its last slot are.
     """
 
-    def __init__(self, host_nbytes: int | None = None, *, allocate: Allocate | None = None) -> None:
+    def __init__(
+        self, host_nbytes: int | None = None, *, allocate: Allocate | None = None, at_once: int | None = None
+    ) -> None:
         self._host_nbytes = host_nbytes
         self._allocate = allocate or pages
+        self._at_once = at_once
         self._changed = threading.Condition()  # guards all below
         self._free: list[Slot] = []
         self._held = 0  # slots, those that a thread is just touching included
@@ -111,7 +133,8 @@ class Arena:
             return self._free.pop()
 
     def give_back(self, slot: Slot) -> None:
-        """Let others take *slot*."""
+        """Let others take *slot*, once nothing is on its way to it."""
+        slot.wait()
         with self._changed:
             self._free.append(slot)
             self._changed.notify_all()
@@ -183,12 +206,16 @@ class Arena:
             raise MemoryError(f"there is no memory for a staging buffer of {SLOT_NBYTES >> 20} MiB")
 
     def _new(self, count: int) -> list[Slot]:
+        """All of *count* slots, or none."""
+        slots: list[Slot] = []
         try:
-            memory = self._allocate(count * SLOT_NBYTES)
+            while len(slots) < count:
+                part = min(count - len(slots), self._at_once or count)
+                memory = self._allocate(part * SLOT_NBYTES)
+                slots += [Slot(one, one.numpy().data) for one in torch.split(memory, SLOT_NBYTES)]
         except (MemoryError, OSError, RuntimeError):
             return []
-        parts = [memory[start : start + SLOT_NBYTES] for start in range(0, count * SLOT_NBYTES, SLOT_NBYTES)]
-        return [Slot(part, part.numpy().data) for part in parts]
+        return slots
 
     def _refused(self) -> None:
         if self._ceiling is None:
@@ -214,8 +241,18 @@ def pages(nbytes: int) -> torch.Tensor:
 
 
 def pinned(nbytes: int) -> torch.Tensor:
-    """*nbytes* of page-locked memory, to and from which an accelerator copies by itself; else `pages`."""
+    """
+    *nbytes* of page-locked memory, to and from which an accelerator copies by itself; `pages` where there is no more.
+
+    Torch takes the next power of two, and keeps what is freed for the next who wants as much: ask for a slot at a time.
+    """
     try:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError:  # no accelerator, or the limit on locked memory is reached
+    except RuntimeError:  # the limit on locked memory is reached, or there is no accelerator
+        _say_that_none_is_locked()
         return pages(nbytes)
+
+
+@functools.cache
+def _say_that_none_is_locked() -> None:
+    _log.warning("the system gives no more page-locked memory: staging goes on with ordinary memory, which is slower")

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch.optim import Optimizer
 
 from ckptman.errors import SaveFailed
+from ckptman.pipeline import devices
 from ckptman.pipeline.arena import Arena, Slot, pages, pinned
 from ckptman.pipeline.background import Background, PendingSave
 from ckptman.pipeline.borrowing import Borrowed, Borrowing
@@ -107,7 +107,7 @@ class Engine:
         if not self._has_saved:
             self._arena.trim(BLOCKING_SLOTS)  # perhaps all saves of this program block: see Limits.prefault
         self._has_saved = True
-        borrowed = self._borrow(captured, attempts)
+        borrowed = self._borrow(captured, attempts, self._trained())
         staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
         with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
             if staging.nbytes <= ALONE_NBYTES:
@@ -148,11 +148,12 @@ class Engine:
         self._has_saved = True
         self._arena.stop()
         with self._renewing_the_arena_on_failure():
-            borrowed = self._borrow(captured, attempts)
+            trained = self._trained()
+            borrowed = self._borrow(captured, attempts, trained)
             staging = self._staging(captured, borrowed)
             stream = Stream(self._arena)
             fits = staging.reserve()
-            deferred = self._stage(staging, stream, captured, step) if fits else None
+            deferred = self._stage(staging, stream, captured, step, trained) if fits else None
             stall_s = time.monotonic() - began
             confirm = deferred.confirm if deferred else _nothing
             source = Source(staging.files, borrowed, iter(stream), self._arena, confirm)
@@ -198,21 +199,28 @@ class Engine:
             raise
 
     def _new_arena(self) -> Arena:
-        uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        return Arena(self._limits.host_nbytes, allocate=pinned if uses_cuda else pages)
+        if devices.are_in_use():
+            return Arena(self._limits.host_nbytes, allocate=pinned, at_once=1)
+        return Arena(self._limits.host_nbytes, allocate=pages)
 
     @no_search_for_cycles()
     def _staging(self, captured: Mapping[str, Captured], borrowed: Borrowed, *, slots: int | None = None) -> Staging:
         return Staging(self._arena, self._planner, captured, without=borrowed.keys, slots=slots)
 
-    @no_search_for_cycles()
-    def _borrow(self, captured: Mapping[str, Captured], attempts: Collection[str]) -> Borrowed:
-        optimizers = [live for live in self._state.values() if isinstance(live, Optimizer)]
-        return self.borrowing.find(captured, trained=addresses(optimizers), attempts=attempts)
+    def _trained(self) -> set[int]:
+        return addresses(live for live in self._state.values() if isinstance(live, Optimizer))
 
-    def _stage(self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int) -> Deferred | None:
+    @no_search_for_cycles()
+    def _borrow(
+        self, captured: Mapping[str, Captured], attempts: Collection[str], trained: Collection[int]
+    ) -> Borrowed:
+        return self.borrowing.find(captured, trained=trained, attempts=attempts)
+
+    def _stage(
+        self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int, trained: Collection[int]
+    ) -> Deferred | None:
         """Copy everything, or leave a part of it to a thread."""
-        left = None if self.overlap is None else self.overlap.leave(captured, self._state)
+        left = None if self.overlap is None else self.overlap.leave(captured, self._state, trained)
         if self.overlap is None or not left:
             staging.run(stream)
             return None

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -148,15 +148,22 @@ class Overlap:
         self._under_way: list[Deferred] = []
         self._handles: dict[int, tuple[Optimizer, Any]] = {}
 
-    def leave(self, captured: Mapping[str, Captured], state: Mapping[str, object]) -> Left:
-        """What may be copied later; from now on the steps of its optimizers wait. For the thread that trains."""
+    def leave(self, captured: Mapping[str, Captured], state: Mapping[str, object], trained: Collection[int]) -> Left:
+        """
+        What may be copied later; from now on the steps of its optimizers wait. For the thread that trains.
+
+        Args:
+            captured: The state, captured.
+            state: The same, live.
+            trained: `addresses` of all its optimizers.
+        """
         optimizers = [live for live in state.values() if isinstance(live, Optimizer)]
         proven = [optimizer for optimizer in optimizers if _tells_before_it_steps(optimizer)]
         unproven = [optimizer for optimizer in optimizers if not _tells_before_it_steps(optimizer)]
         for optimizer in proven:
             if id(optimizer) not in self._handles:
                 self._handles[id(optimizer)] = optimizer, optimizer.register_step_pre_hook(self._before_step)
-        owned = addresses(proven) - addresses(unproven)
+        owned = set(trained) - addresses(unproven)
         leaves = [
             leaf
             for part in captured.values()
@@ -208,7 +215,13 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _tells_before_it_steps(optimizer: Optimizer) -> bool:
-    """Whether every ``step()`` is known to run the hooks first: torch wraps the class's method so, and marks it."""
+    """
+    Whether every ``step()`` is known to run the hooks first: torch wraps the class's method so, and marks it.
+
+    One that is ``capturable`` may be part of a CUDA graph, whose replay runs no hook and moves no version counter.
+    """
+    if any(group.get("capturable") for group in optimizer.param_groups):
+        return False
     own: Callable[..., object] | None = vars(optimizer).get("step")  # schedulers put a wrapper there, also marked
     is_known = own is None or hasattr(own, "_wrapped_by_lr_sched")
     return is_known and bool(getattr(type(optimizer).step, "hooked", False))

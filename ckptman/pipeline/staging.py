@@ -7,7 +7,7 @@ Staging: the state is copied to where training cannot change it, laid out as the
     overlap                    as the first, but what only an optimizer's step can change is copied by a thread
 
 A copy goes straight to the place that the bytes will have in the file: whole small tensors in bulk, large ones as they
-are cut by the segments.
+are cut by the segments. Copies from devices are queued there: see `ckptman.pipeline.devices`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 
 from ckptman.pipeline.arena import Arena, Slot
 from ckptman.pipeline.borrowing import Key, key_of
+from ckptman.pipeline.devices import SideStreams
 from ckptman.pipeline.planning import Part, PlannedFile, Planner, Run, Segment
 from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured, Leaf
@@ -60,7 +61,8 @@ class Staging:
     """
     One save on its way from the live tensors into slots.
 
-    Holds the live tensors until it is staged. To be used by one thread at a time.
+    Holds the live tensors until it is staged. To be made by the thread that trains, and used by one at a time. A slot
+    that comes from it is to be waited for (`Slot.wait`) before it is read.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Staging:
         self.count = sum(len(file.segments) for file in self.files)
         self._wanted = self.count if slots is None else min(slots, self.count)
         self._others = arena.in_use()
+        self._side = SideStreams(tensor for source in self._sources for tensor in source.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -94,35 +97,52 @@ class Staging:
         return self._arena.reserve(self.count)
 
     def run(self, stream: Stream) -> None:
-        """Copy every segment into a slot and send it, waiting for slots; stop early where nobody receives any more."""
+        """
+        Copy every segment into a slot and send it, waiting for slots; stop early where nobody receives any more.
+
+        Once this has returned, the live tensors may change.
+        """
         try:
             for slot in self.copied():
                 if not stream.put(slot):
                     return
+            self._side.wait()
         except BaseException as error:
             stream.fail(error)
             raise
         stream.end()
 
     def run_partly(self, chosen: Chosen) -> list[Slot]:
-        """Take a slot for every segment, and copy those tensors that are *chosen*. `finish` copies the others."""
+        """
+        Take a slot for every segment, and copy those tensors that are *chosen*. `finish` copies the others.
+
+        Once this has returned, those that are chosen may change.
+        """
         slots: list[Slot] = []
         for source, segment in self._segments():
             slots.append(self._arena.take(wanted=self._others + self._wanted))
-            _fill(slots[-1], segment, source.tensors, chosen)
+            self._fill(slots[-1], segment, source.tensors, chosen)
+        if any(not tensor.is_cpu and chosen(tensor) for source in self._sources for tensor in source.tensors):
+            self._side.wait()
         return slots
 
     def finish(self, slots: Sequence[Slot], chosen: Chosen) -> None:
-        """Copy what is *chosen* into the *slots* that ``run_partly`` gave."""
+        """Copy what is *chosen* into the *slots* that ``run_partly`` gave; once this has returned, it may change."""
         for slot, (source, segment) in zip(slots, self._segments(), strict=True):
-            _fill(slot, segment, source.tensors, chosen)
+            self._fill(slot, segment, source.tensors, chosen)
+        self._side.wait()
 
     def copied(self) -> Iterator[Slot]:
         """Every segment, copied into a slot when it is asked for; each is to be given back before the next may come."""
         for source, segment in self._segments():
             slot = self._arena.take(wanted=self._others + self._wanted)
-            _fill(slot, segment, source.tensors, _everything)
+            self._fill(slot, segment, source.tensors, _everything)
             yield slot
+
+    def _fill(self, slot: Slot, segment: Segment, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
+        slot.view[: len(segment.header)] = segment.header
+        with self._side.copying_to(slot):
+            _copy(slot.tensor, segment, tensors, chosen, queued=self._side.are_used)
 
     def _segments(self) -> Iterator[tuple[_Source, Segment]]:
         for source in self._sources:
@@ -135,19 +155,20 @@ def _source(planner: Planner, component: str, leaves: Sequence[Leaf]) -> _Source
     return _Source(file, [leaves[index].tensor for index in file.order])
 
 
-def _fill(slot: Slot, segment: Segment, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
-    slot.view[: len(segment.header)] = segment.header
+def _copy(
+    slot: torch.Tensor, segment: Segment, tensors: Sequence[torch.Tensor], chosen: Chosen, *, queued: bool
+) -> None:
     for piece in segment.pieces:
         if isinstance(piece, Part):
             if chosen(tensors[piece.index]):
-                _copy_part(slot.tensor, piece, tensors[piece.index])
+                _copy_part(slot, piece, tensors[piece.index], queued)
         elif chosen is _everything:
-            _copy_run(slot.tensor[piece.at : piece.at + piece.nbytes], tensors[piece.first : piece.last])
+            _copy_run(slot[piece.at : piece.at + piece.nbytes], tensors[piece.first : piece.last], queued)
         else:
-            _copy_chosen(slot.tensor, piece, tensors, chosen)
+            _copy_chosen(slot, piece, tensors, chosen, queued)
 
 
-def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor], queued: bool) -> None:
     """Copy whole *tensors* of one dtype, one behind the other, into *region*."""
     if not has_copy_kernel(tensors[0].dtype):  # then they are contiguous: see plain_view
         tensors = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
@@ -155,7 +176,7 @@ def _copy_run(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         _copy_host_memory(region, tensors)
         return
     places = _unflatten(region.view(tensors[0].dtype), tensors)
-    torch._foreach_copy_(list(places), list(tensors))
+    torch._foreach_copy_(list(places), list(tensors), non_blocking=queued)
 
 
 def _copy_host_memory(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
@@ -174,18 +195,18 @@ def _copy_host_memory(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> 
         at += nbytes
 
 
-def _copy_chosen(slot: torch.Tensor, run: Run, tensors: Sequence[torch.Tensor], chosen: Chosen) -> None:
+def _copy_chosen(slot: torch.Tensor, run: Run, tensors: Sequence[torch.Tensor], chosen: Chosen, queued: bool) -> None:
     at = run.at
     for tensor in tensors[run.first : run.last]:
         nbytes = tensor.numel() * tensor.element_size()
         if chosen(tensor):
-            _copy_run(slot[at : at + nbytes], [tensor])
+            _copy_run(slot[at : at + nbytes], [tensor], queued)
         at += nbytes
 
 
-def _copy_part(slot: torch.Tensor, part: Part, tensor: torch.Tensor) -> None:
+def _copy_part(slot: torch.Tensor, part: Part, tensor: torch.Tensor, queued: bool) -> None:
     region = slot[part.at : part.at + part.stop - part.start]
-    region.copy_(_bytes(tensor, part.start, part.stop))
+    region.copy_(_bytes(tensor, part.start, part.stop), non_blocking=queued)
 
 
 def _bytes(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

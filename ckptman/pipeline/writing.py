@@ -45,6 +45,7 @@ def write_files(
                 for segment in file.segments:
                     slot = next(slots)
                     try:
+                        slot.wait()
                         _write_segment(out, segment, slot.view, digesting, beside)
                     finally:
                         arena.give_back(slot)

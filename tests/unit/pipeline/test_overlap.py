@@ -250,6 +250,8 @@ def test_a_commit_waits_for_the_thread_that_trains_or_for_its_end(tmp_path: Path
         pass
     while not list(tmp_path.glob("step-*/manifest.json")):
         pass
+    with pytest.raises(TimeoutError):
+        handed[0]._future.exception(0.5)  # all is written; a commit would take milliseconds
     assert reader.latest() is None
     may_end.set()
     thread.join(30)
