@@ -239,7 +239,7 @@ class CheckpointManager:
     ) -> PendingSave:
         began, created_at = time.monotonic(), utc_now()
         try:
-            state = self._check_open_for_saving()
+            state = self._check_fit_for_saving()
             job = Job(
                 step=check_step(step),
                 created_at=created_at,
@@ -301,12 +301,16 @@ class CheckpointManager:
         self._check_open()
         if self._state is None:
             raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to save")
+        return self._state
+
+    def _check_fit_for_saving(self) -> Mapping[str, object]:
+        state = self._check_open_for_saving()
         if self._half_restored is not None:
             raise SaveFailed(
                 f"the live state is half restored ({self._half_restored}): saving it would make the mixture permanent. "
                 "Restore an intact checkpoint, or build the objects and the manager anew"
             )
-        return self._state
+        return state
 
     def _check_open(self) -> None:
         if self._is_closed:

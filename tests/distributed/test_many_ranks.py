@@ -208,6 +208,10 @@ def _fail_everywhere(rank: int, root: str) -> dict[str, Any]:
         found["no memory, behind"] = _text(lambda: manager.save(9).result())
         found["no memory, blocking"] = _text(lambda: manager.save(10, block=True))
         manager._engine._borrow = borrow
+        manager._save_every = lambda step, seconds: True
+        manager._half_restored = "as after a damaged one" if rank == 2 else None
+        found["half restored"] = _text(lambda: manager.maybe_save(11))[0]
+        manager._save_every = manager._half_restored = None
         found["other steps"] = _text(lambda: manager.save(7 + rank))
         found["keep"] = manager.save(8, block=True).result().step
         found["no such step"] = _text(lambda: manager.restore(99))
@@ -237,6 +241,7 @@ def test_a_failure_on_one_rank_is_the_same_on_all_and_training_goes_on(tmp_path:
     assert first["unsupported"][0] == "UnsupportedState"
     assert "mine['bad']" in first["unsupported"][1]
     assert "rank 1 of 4" in first["unsupported"][1]
+    assert first["half restored"] == "SaveFailed", "and nobody waits for the one who knew first"
     assert first["other steps"][0] == "SaveFailed"
     assert first["no such step"][0] == CheckpointNotFound.__name__
     assert first["steps"] == [1, 8]
