@@ -85,7 +85,7 @@ def test_what_s3_cannot_hold_is_refused_before_anything_is_sent(s3_server: S3Ser
     for nbytes, part_nbytes in ((1, 16 * MIB), (156 << 30, 16 * MIB), (625 << 30, 64 * MIB), (5 << 40, 525 * MIB)):
         with storage.open_new("f/a") as file:
             file.expect(nbytes)
-            assert file._upload._part_nbytes == part_nbytes  # type: ignore[union-attr]
+            assert file._held._part_nbytes == part_nbytes  # type: ignore[attr-defined]
             assert nbytes <= 10_000 * part_nbytes
             file.abort()
     with pytest.raises(StorageError, match="5 TiB"), storage.open_new("f/a") as file:
