@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol
@@ -50,7 +51,7 @@ class _Remote:
         return f"s3://{self.bucket}/{name}"
 
 
-class _Plain(_Remote):
+class _Plain(_Remote, ABC):
     """The bytes lie in one buffer, and come back into another one that was touched before."""
 
     module = "botocore"
@@ -78,9 +79,9 @@ class _Plain(_Remote):
         if self.found[-MIB:] != self.payload[-MIB:]:
             raise AssertionError("what came is not what was sent")
 
+    @abstractmethod
     def fetch(self, step: int) -> None:
         """Fill ``found``."""
-        raise NotImplementedError
 
 
 class _Threads(_Plain):

@@ -248,7 +248,7 @@ def _cut(manifest: Manifest, names: set[str]) -> Iterator[tuple[File, Piece, int
 def _memory_name() -> str:
     """Equal for two processes only if a file that one of them makes in shared memory can be opened by the other."""
     try:
-        return f"{socket.gethostname()} {_BOOT.read_text().strip()} {os.stat(_MEMORY).st_dev} {os.getuid()}"  # noqa: PTH116
+        return f"{socket.gethostname()} {_BOOT.read_text().strip()} {_MEMORY.stat().st_dev} {os.getuid()}"
     except (OSError, AttributeError):  # no Linux: others have it elsewhere, or not at all
         return ""
 
@@ -307,4 +307,4 @@ def _opened(path: str) -> memoryview | None:
 
 def _unlink(path: str) -> None:
     with suppress(OSError):
-        os.unlink(path)  # noqa: PTH108
+        Path(path).unlink()

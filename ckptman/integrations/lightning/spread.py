@@ -44,7 +44,7 @@ class SpreadSaves:
         self._document = Part({})
         self.together = Together(trainer.strategy, self._state)
         self._load_other = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]
+        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]  # until close() takes it away
 
     def save(self, path: str, metrics: Mapping[str, float]) -> None:
         """Save as *path*, with the *metrics* of rank 0. Returns once it is staged; raises on all ranks alike."""
@@ -86,11 +86,7 @@ class SpreadSaves:
         Raises what a save failed with.
         """
         vars(self._trainer.strategy).pop("load_checkpoint", None)
-        try:
-            if error is None:
-                self.together.wait()
-        finally:
-            self.together.leave(error)
+        self.together.leave(error)
 
     def _state(self) -> dict[str, object]:
         strategy = self._trainer.strategy
@@ -102,8 +98,8 @@ class SpreadSaves:
 @contextmanager
 def _leaving_out_states(strategy: Strategy) -> Iterator[None]:
     """While a checkpoint is dumped, let *strategy* gather neither weights nor moments."""
-    strategy.lightning_module_state_dict = dict  # type: ignore[method-assign]
-    strategy.optimizer_state = lambda optimizer: {}  # type: ignore[method-assign]
+    strategy.lightning_module_state_dict = dict  # type: ignore[method-assign]  # hides the class's own, as below
+    strategy.optimizer_state = lambda optimizer: {}  # type: ignore[method-assign]  # until the block ends
     try:
         yield
     finally:

@@ -67,7 +67,7 @@ class StagedSaves:
         self._files = Part({})
         self.together = Together(trainer.strategy, lambda: {FILES: self._files})
         self._load_other = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]
+        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]  # until close() takes it away
 
     def save(self, path: str, metrics: Mapping[str, float]) -> None:
         """Save as *path*, with the *metrics* of rank 0. Returns once it is committed; raises on all ranks alike."""
@@ -125,11 +125,7 @@ class StagedSaves:
         Raises what a save failed with.
         """
         vars(self._trainer.strategy).pop("load_checkpoint", None)
-        try:
-            if error is None:
-                self.together.wait()
-        finally:
-            self.together.leave(error)
+        self.together.leave(error)
 
     def _own_files(self, folder: Path) -> Sequence[str]:
         """What this rank is to save: the files that it sees and no lower rank does."""

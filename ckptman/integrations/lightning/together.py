@@ -61,7 +61,15 @@ class Together:
             self.drop()
 
     def leave(self, error: BaseException | None) -> None:
-        """Let go of the root; because of *error*, if any, which other ranks may not have: nobody is waited for."""
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            manager.__exit__(None if error is None else type(error), error, None)
+        """
+        Wait for everything, and let go of the root; after an *error*, which others may not have, wait for nobody.
+
+        Raises what a save failed with.
+        """
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            manager, self._manager = self._manager, None
+            if manager is not None:
+                manager.__exit__(None if error is None else type(error), error, None)
