@@ -1,9 +1,9 @@
-"""Who saves and restores from four ranks: ckptman, plain files of the same bytes, torch DCP."""
+"""Who saves and restores from four ranks: ckptman, plain files of the same bytes (unchecked, checked), torch DCP."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -92,23 +92,47 @@ class Plain:
         path = self._path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb", buffering=0) as file:
-            for part in self._job.parts():
-                for start in range(0, len(part), system.CHUNK):
-                    file.write(part[start : start + system.CHUNK])
+            for chunk in self._chunks():
+                file.write(chunk)
             os.fsync(file.fileno())
         system.fsync(path.parent)
 
     def load(self, number: int) -> None:
         with self._path(number).open("rb", buffering=0) as file:
-            for part in self._job.parts():
-                for start in range(0, len(part), system.CHUNK):
-                    file.readinto(part[start : start + system.CHUNK])
+            for chunk in self._chunks():
+                file.readinto(chunk)
 
     def close(self) -> None:
         pass
 
+    def _chunks(self) -> Iterator[memoryview]:
+        for part in self._job.parts():
+            for start in range(0, len(part), system.CHUNK):
+                yield part[start : start + system.CHUNK]
+
     def _path(self, number: int) -> Path:
         return self._folder / str(number) / str(self._rank)
+
+
+class Checked(Plain):
+    """The floor of who checks every byte: the same files, and xxh3-128 of each chunk."""
+
+    name = "plain, checked"
+
+    def __init__(self, folder: Path, rank: int, job: Job) -> None:
+        super().__init__(folder, rank, job)
+        self._digests: dict[int, list[bytes]] = {}
+
+    def save(self, number: int) -> None:
+        self._digests[number] = list(map(xxhash.xxh3_128_digest, self._chunks()))
+        super().save(number)
+
+    def load(self, number: int) -> None:
+        with self._path(number).open("rb", buffering=0) as file:
+            for chunk, digest in zip(self._chunks(), self._digests[number], strict=True):
+                file.readinto(chunk)
+                if xxhash.xxh3_128_digest(chunk) != digest:
+                    raise AssertionError(f"{self._path(number)} is damaged")
 
 
 class Ckptman:

@@ -27,11 +27,11 @@ from typing import Any
 from benchmarks import system
 from benchmarks.figures import Target, judge, summarise, values_of
 from benchmarks.rank_fleet import RANKS, in_ranks, on_rank_0, timed
-from benchmarks.rank_tools import Ckptman, Dcp, Job, Plain, RankAsyncTool, RankTool
+from benchmarks.rank_tools import Checked, Ckptman, Dcp, Job, Plain, RankAsyncTool, RankTool
 from benchmarks.units import unit_for
 from ckptman import CheckpointManager
 
-TOOLS: tuple[type[Any], ...] = (Plain, Ckptman, Dcp)
+TOOLS: tuple[type[Any], ...] = (Plain, Checked, Ckptman, Dcp)
 BEHIND: tuple[type[Any], ...] = (Ckptman, Dcp)
 RESTORING = (partial(Ckptman, prefault=False), Dcp)  # memory that is taken ahead for the next save is not the restore's
 PAUSE_S = 0.2
@@ -54,7 +54,7 @@ TARGETS = (
         Target(label=f"{TITLES[field]}, to {other}", contestant="ckptman", field=field, kind="ratio", limit=limit,
                floor=(other,), floor_field=field)
         for field in ("save_s", "cold_s", "cached_s")
-        for other, limit in (("plain", 1.15), ("DCP", 1 / 1.5))
+        for other, limit in (("plain", 1.15), ("plain, checked", 1.15), ("DCP", 1 / 1.5))
     ),
     Target(label=TITLES["empty_s"], contestant="ckptman", field="empty_s", kind="absolute", limit=0.05),
     Target(label=f"{TITLES['behind_nbytes']}, above the shard", contestant="ckptman", field="behind_nbytes",

@@ -360,8 +360,8 @@ class CheckpointManager:
         return checkpoint
 
     def _recall(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        def load(repository: Repository, entry: Entry, manifest: Manifest) -> Checkpoint:
-            return self._load(repository, entry, manifest, only=only, strict=strict)
+        def load(repository: Repository, entry: Entry, manifest: Manifest, ranks_here: int) -> Checkpoint:
+            return self._load(repository, entry, manifest, ranks_here, only=only, strict=strict)
 
         checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
         return None if checkpoint is None else replace(checkpoint, skipped=skipped)
@@ -372,7 +372,14 @@ class CheckpointManager:
         return Skipped(step=step, reason=reason)
 
     def _load(
-        self, repository: Repository, entry: Entry, manifest: Manifest, *, only: Collection[str] | None, strict: bool
+        self,
+        repository: Repository,
+        entry: Entry,
+        manifest: Manifest,
+        ranks_here: int,
+        *,
+        only: Collection[str] | None,
+        strict: bool,
     ) -> Checkpoint:
         """Load *entry*, on all ranks: each of the three steps is begun once all have done the one before."""
         assert self._state is not None
@@ -389,7 +396,7 @@ class CheckpointManager:
 
         ranks.do(compare)
         with self._half_restoring(entry, found[0]):
-            fill_together(ranks, repository.storage, manifest, found[0].targets, threads=threads)
+            fill_together(ranks, repository.storage, manifest, found[0].targets, threads=threads, ranks_here=ranks_here)
             ranks.do(lambda: values.append(found[0].finish()))
         if repository is self._repository:  # the files of a mirror cannot be pointed at from here
             self._engine.borrowing.restored(manifest, found[0].targets.keys())

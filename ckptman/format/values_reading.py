@@ -92,6 +92,8 @@ class _Reading:
         _check_depth(depth)
         if type(node) is not list:
             raise wrong("a list", node)
+        if {int}.issuperset(map(type, node)):  # 625 numbers of Python's generator, read by every rank
+            return list(map(plain_scalar, node))
         return list(map(self.value, node, repeat(depth + 1)))
 
     def _pairs(self, node: object, depth: int) -> dict[object, object]:

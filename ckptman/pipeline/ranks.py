@@ -72,6 +72,11 @@ class Ranks:
         """Whether there are others."""
         return bool(self.world_size > 1)
 
+    @property
+    def host(self) -> str:
+        """The name of this machine."""
+        return str(self._coordinator.host)
+
     def close(self) -> None:
         """Let the coordinator go."""
         self._coordinator.close()

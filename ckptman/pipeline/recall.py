@@ -7,6 +7,7 @@ process alone is the job of one rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -31,16 +32,25 @@ class _Damage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Chosen(msgspec.Struct, frozen=True):
-    """What to restore next (None: there is nothing), where it is, and all that was passed over so far."""
+    """
+    What to restore next (None: there is nothing), where it is, and all that was passed over so far.
+
+    ``ranks_of_host`` says for each rank how many there are on its host.
+    """
 
     entry: Entry | None
     is_mirrored: bool
     manifest: bytes
     passed_over: list[_Damage]
+    ranks_of_host: list[int]
 
 
-Load = Callable[[Repository, Entry, Manifest], Checkpoint]
-"""Loads a checkpoint on all ranks, or raises the same on all; IntegrityError where one of them found damage."""
+Load = Callable[[Repository, Entry, Manifest, int], Checkpoint]
+"""
+Loads a checkpoint on all ranks, or raises the same on all; IntegrityError where one of them found damage.
+
+The number is that of the ranks on this host.
+"""
 
 
 def recall(
@@ -77,7 +87,7 @@ def recall(
         try:
             with no_search_for_cycles():
                 manifest = read_manifest(chosen.manifest, chosen.entry.attempt)
-            return load(roots.of(placed), chosen.entry, manifest), skipped
+            return load(roots.of(placed), chosen.entry, manifest, chosen.ranks_of_host[ranks.rank]), skipped
         except IntegrityError as error:
             damaged = placed, error
 
@@ -89,8 +99,9 @@ def _choose(
     passed_over: list[_Damage],
     damaged: tuple[Placed, IntegrityError] | None,
 ) -> _Chosen:
-    def choose(_: list[bytes]) -> bytes:
-        over, fault = list(passed_over), damaged
+    def choose(hosts: list[bytes]) -> bytes:
+        over, fault, counts = list(passed_over), damaged, Counter(hosts)
+        ranks_of_host = [counts[host] for host in hosts]
         while True:
             if fault is not None:
                 _judge(*fault, roots, which, over)
@@ -100,15 +111,16 @@ def _choose(
                     raise fault[1]
                 if over:
                     raise all_damaged([(one.step, one.reason) for one in over], roots.root.storage.url)
-                return msgspec.msgpack.encode(_Chosen(None, False, b"", over))
+                return msgspec.msgpack.encode(_Chosen(None, False, b"", over, ranks_of_host))
             try:
                 data = roots.of(placed).manifest_data(placed.entry)
             except IntegrityError as error:
                 fault = placed, error
             else:
-                return msgspec.msgpack.encode(_Chosen(placed.entry, placed.is_mirrored, data, over))
+                chosen = _Chosen(placed.entry, placed.is_mirrored, data, over, ranks_of_host)
+                return msgspec.msgpack.encode(chosen)
 
-    return msgspec.msgpack.decode(ranks.conclude(bytes, choose), type=_Chosen)
+    return msgspec.msgpack.decode(ranks.conclude(ranks.host.encode, choose), type=_Chosen)
 
 
 def _judge(placed: Placed, error: IntegrityError, roots: Roots, which: Which, over: list[_Damage]) -> None:

@@ -28,6 +28,7 @@ import msgspec
 import torch
 
 from ckptman.format.manifest import File, Manifest
+from ckptman.pipeline.budget import reading_threads
 from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.reading import Placing, Readers, fill
 from ckptman.repository.reading import CheckedReader, Piece, parts_of, pieces
@@ -74,17 +75,26 @@ class _Host(NamedTuple):
 
 
 def fill_together(
-    ranks: Ranks, storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tensor], *, threads: int
+    ranks: Ranks,
+    storage: Storage,
+    manifest: Manifest,
+    targets: Mapping[str, torch.Tensor],
+    *,
+    threads: int,
+    ranks_here: int,
 ) -> None:
     """
     Fill the *targets* of every rank, as `ckptman.pipeline.reading.fill` does; every byte is checked by who uses it.
 
     Collective, with a storage of the same kind on all ranks. Where it is distant, memory of `ROUND_NBYTES` for each
-    rank of a host is shared by them meanwhile.
+    rank of a host is shared by them meanwhile. Files are read by fewer *threads* where *ranks_here*, the ranks of this
+    host, are many.
 
     Raises:
         CkptmanError: As `fill`; the same on every rank.
     """
+    if not isinstance(storage, Distant):
+        threads = reading_threads(threads, ranks_here)
     if not (ranks.are_many and isinstance(storage, Distant)):
         ranks.do(lambda: fill(storage, manifest, targets, threads=threads))
         return

@@ -21,6 +21,9 @@ from ckptman.state.stored import Stored
 CONTAINERS: tuple[type, ...] = (dict, OrderedDict, Counter, list, deque, set)
 """What can be restored in place, by exact type."""
 
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+"""Nothing in them can be placed, nor refilled."""
+
 
 def give_tree(
     live: object, saved: object, stored: Stored, filling: Filling, *, device: torch.device | None = None
@@ -131,6 +134,8 @@ class _Placing:
         return give
 
     def fixed(self, live: Any, saved: Any) -> Give:
+        if _ATOMS.issuperset(map(type, saved)):
+            return lambda: saved  # the 625 numbers of Python's generator, at every restore
         gives = self.items(live, saved)
         return lambda: type(saved)(given() for given in gives)
 

@@ -69,6 +69,14 @@ _NO_HARD_LINKS = frozenset(
 )
 
 
+READ_NBYTES = 1 << 20
+"""
+What is read in one call, at most. The kernel then fetches what comes next while this is copied.
+
+Four ranks that read 100 MiB each, nothing cached, took 0.8 – 0.9 of the time that they took with 8 MiB in one call.
+"""
+
+
 class LocalStorage:
     """
     The storage in the directory *path*, which need not exist yet: the first write makes it, reading never does.
@@ -257,7 +265,7 @@ class LocalStorage:
     def _fill(self, file: FileIO, into: memoryview, *, start: int) -> int:
         done = 0
         while done < len(into):
-            count = self._system.read_into(file, start + done, into[done:])
+            count = self._system.read_into(file, start + done, into[done : done + READ_NBYTES])
             if count == 0:
                 break
             done += count

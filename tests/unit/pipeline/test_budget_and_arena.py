@@ -12,7 +12,7 @@ import torch
 
 from ckptman import Limits
 from ckptman.pipeline.arena import SLOT_NBYTES, Arena, pages
-from ckptman.pipeline.budget import free_nbytes
+from ckptman.pipeline.budget import free_nbytes, reading_threads
 
 
 def test_limits_refuse_what_makes_no_sense() -> None:
@@ -20,6 +20,14 @@ def test_limits_refuse_what_makes_no_sense() -> None:
     for wrong in ({"host_nbytes": 0}, {"io_threads": 0}, {"in_flight": 0}, {"in_flight": True}, {"io_threads": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Limits(**wrong)  # type: ignore[arg-type]
+
+
+def test_ranks_of_a_host_share_its_reading_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as one rank would start, or one for each core: (cores, ranks here) → threads of each, of 4 wished for."""
+    expected = {(2, 1): 4, (2, 2): 2, (2, 4): 1, (2, 64): 1, (64, 1): 4, (64, 8): 4, (64, 32): 2, (None, 4): 1}
+    for (cores, ranks_here), threads in expected.items():
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert reading_threads(4, ranks_here) == threads
 
 
 def test_free_memory_is_the_least_of_machine_and_cgroups(tmp_path: Path) -> None:
