@@ -82,11 +82,26 @@ class _Orders(msgspec.Struct, frozen=True, array_like=True):
     have_drifted: bool  # parameters differ between ranks, so that no sample can be trusted
 
 
-class _Details(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank holds, and digests of that by which replicas are told."""
+class _Wholes(msgspec.Struct, frozen=True, array_like=True):
+    """Of what a rank holds, column by column: the tensors, and digests by which their replicas are told."""
 
-    held: list[Held]
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
     samples: list[str]
+
+
+class _Details(msgspec.Struct, frozen=True, array_like=True):
+    """
+    What a rank holds: ``wholes``, encoded, and of each box where it lies and its size.
+
+    The wholes are the same on nearly all ranks, so rank 0 reads them once, and all boxes of a tensor share its name.
+    """
+
+    wholes: bytes
+    offsets: list[tuple[int, ...]]
+    extents: list[tuple[int, ...]]
+    nbytes: list[int]
 
 
 class _RankPlan(msgspec.Struct, frozen=True, array_like=True):
@@ -178,7 +193,7 @@ class Sharing:
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
         if told.is_new:
             self._plan, self._planned_for = None, ""
-            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured, whole=told.have_drifted)))  # noqa: E731
+            details = lambda: _details(held, _samples(captured, whole=told.have_drifted))  # noqa: E731
             answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
             self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
             self._planned_for = told.plan
@@ -307,19 +322,48 @@ def _differ(openings: list[_Opening], digests: Callable[[_Part], object]) -> boo
     return any(parts[0].kind in _TRAINED and len({digests(part) for part in parts}) > 1 for parts in by_component)
 
 
+def _details(held: Sequence[Held], samples: Sequence[str]) -> bytes:
+    """What a rank tells of what it holds."""
+    wholes = _Wholes(
+        [item.name for item in held], [item.dtype for item in held], [item.shape for item in held], list(samples)
+    )
+    return msgspec.msgpack.encode(
+        _Details(
+            msgspec.msgpack.encode(wholes),
+            [item.offset for item in held],
+            [item.extent for item in held],
+            [item.nbytes for item in held],
+        )
+    )
+
+
+def _told(details: bytes, known: dict[bytes, _Wholes]) -> tuple[_Wholes, list[Held]]:
+    """What a rank has told; *known* has the wholes that were met before, rank 0's first."""
+    told = msgspec.msgpack.decode(details, type=_Details)
+    wholes = known.get(told.wholes)
+    if wholes is None:
+        wholes = known[told.wholes] = msgspec.msgpack.decode(told.wholes, type=_Wholes)
+    boxes = told.offsets, told.extents, told.nbytes
+    return wholes, list(map(Held, wholes.names, wholes.dtypes, wholes.shapes, *boxes))
+
+
 @no_search_for_cycles()
 def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
     """The plan of every rank."""
-    details = [msgspec.msgpack.decode(part, type=_Details) for part in parts]
+    known: dict[bytes, _Wholes] = {}
     first: dict[str, tuple[Held, str]] = {}
     held: list[list[Held]] = []
     own_leaves: list[list[int]] = []
     differing: set[str] = set()
-    for rank, detail in enumerate(details):
+    for rank, part in enumerate(parts):
+        wholes, told = _told(part, known)
         own = set(_own_components(openings, rank))
-        held.append([])
         own_leaves.append([])
-        for index, (item, sample) in enumerate(zip(detail.held, detail.samples, strict=True)):
+        if rank and not own and wholes is next(iter(known.values())):
+            held.append(told)  # exactly as rank 0 has it
+            continue
+        held.append([])
+        for index, (item, sample) in enumerate(zip(told, wholes.samples, strict=True)):
             like, like_sample = first.get(item.name) or first.setdefault(item.name, (item, sample))
             is_like = item.shape == like.shape and item.dtype == like.dtype and sample == like_sample
             if rank and (not is_like or (own and item.name.partition("/")[0] in own)):

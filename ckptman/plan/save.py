@@ -9,8 +9,9 @@ first dimension. Deterministic: every rank would find the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, repeat
+from operator import attrgetter
 
 import msgspec
 
@@ -38,6 +39,7 @@ class Share(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 _Holder = tuple[int, int]  # a rank, and the number of the box among those that it holds
+_Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def assign(held: Sequence[Sequence[Held]]) -> list[list[Share]]:
@@ -51,26 +53,43 @@ def assign(held: Sequence[Sequence[Held]]) -> list[list[Share]]:
         What each rank writes, by rank, in the order in which it holds it. Empty boxes of tensors that are not empty are
         written by nobody.
     """
-    first: dict[tuple[str, tuple[int, ...], tuple[int, ...]], _Holder] = {}
-    shared: dict[tuple[str, tuple[int, ...], tuple[int, ...]], list[_Holder]] = {}
-    for rank, items in enumerate(held):
-        for index, item in enumerate(items):
+    shares: list[list[Share]] = [[] for _ in held]
+    loads = [0] * len(held)
+    replicas: list[list[_Holder]] = []
+    for holders in _by_name(held):
+        share = Share(holders[0][1])
+        first: dict[_Box, _Holder] = {}
+        shared: dict[_Box, list[_Holder]] = {}
+        for holder in holders:
+            item = held[holder[0]][holder[1]]
             if item.nbytes or not math.prod(item.shape):
-                box = item.name, item.offset, item.extent
-                holder = rank, index
+                box = item.offset, item.extent
                 known = first.setdefault(box, holder)
                 if known is not holder:
                     shared.setdefault(box, [known]).append(holder)
-    shares: list[list[Share]] = [[] for _ in held]
-    loads = [0] * len(held)
-    for box, (rank, index) in first.items():
-        if box not in shared:
-            loads[rank] += held[rank][index].nbytes
-            shares[rank].append(Share(index))
-    _spread(held, list(shared.values()), loads, shares)
+        for box, (rank, index) in first.items():
+            if box not in shared:
+                loads[rank] += held[rank][index].nbytes
+                shares[rank].append(share if share.index == index else Share(index))
+        replicas += shared.values()
+    _spread(held, replicas, loads, shares)
     for one in shares:
-        one.sort(key=lambda share: (share.index, share.start or 0))
+        one.sort(key=attrgetter("index"))  # the pieces of one that was cut are in their order
     return shares
+
+
+def _by_name(held: Sequence[Sequence[Held]]) -> Iterator[list[_Holder]]:
+    """Who holds something of a tensor, for each: one at a time, since all together are many times as many objects."""
+    names = [[item.name for item in items] for items in held]
+    if names and len(set(names[0])) == len(names[0]) and all(map(names[0].__eq__, names)):  # as it nearly always is
+        ranks = range(len(held))
+        yield from (list(zip(ranks, repeat(index))) for index in range(len(names[0])))
+        return
+    found: dict[str, list[_Holder]] = {}
+    for rank, some in enumerate(names):
+        for index, name in enumerate(some):
+            found.setdefault(name, []).append((rank, index))
+    yield from found.values()
 
 
 def _spread(
