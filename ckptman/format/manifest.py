@@ -159,18 +159,31 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, borrowed ones included."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return _nbytes_in(self.tensors, range(len(self.files)))  # their chunks have all of them
 
     @property
     def new_nbytes(self) -> int:
         """Bytes of the chunks in this attempt's own files."""
         own = {index for index, file in enumerate(self.files) if file.path.startswith(f"{self.attempt}/")}
-        return sum(tensor.nbytes_in(own) for tensor in self.tensors)
+        return self.nbytes if len(own) == len(self.files) else _nbytes_in(self.tensors, own)
 
     @property
     def borrows(self) -> tuple[str, ...]:
         """The keys of files that belong to other attempts."""
         return tuple(sorted(file.path for file in self.files if not file.path.startswith(f"{self.attempt}/")))
+
+
+def _nbytes_in(tensors: Iterable[Tensor], files: Collection[int]) -> int:
+    """Bytes of the chunks of *tensors* that lie in *files*."""
+    many = [tensor for tensor in tensors if isinstance(tensor.chunks, ManyChunks)]
+    listed = [
+        chunk.nbytes
+        for tensor in tensors
+        if type(tensor.chunks) is tuple
+        for chunk in tensor.chunks
+        if chunk.file in files
+    ]
+    return sum(listed) + sum(tensor.nbytes_in(files) for tensor in many)
 
 
 def write_manifest(manifest: Manifest) -> bytes:
