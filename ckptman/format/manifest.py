@@ -112,12 +112,6 @@ class Tensor(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             return self.chunks.files()
         return list(dict.fromkeys(chunk.file for chunk in self.chunks))
 
-    def nbytes_in(self, files: Collection[int]) -> int:
-        """Bytes of the chunks that lie in *files*."""
-        if isinstance(self.chunks, ManyChunks):
-            return self.chunks.nbytes_in(files)
-        return sum(chunk.nbytes for chunk in self.chunks if chunk.file in files)
-
 
 class Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """``kind`` says how the component was captured, ``values`` is its typed JSON (format/values.py)."""
@@ -173,17 +167,12 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
         return tuple(sorted(file.path for file in self.files if not file.path.startswith(f"{self.attempt}/")))
 
 
-def _nbytes_in(tensors: Iterable[Tensor], files: Collection[int]) -> int:
+def _nbytes_in(tensors: Sequence[Tensor], files: Collection[int]) -> int:
     """Bytes of the chunks of *tensors* that lie in *files*."""
-    many = [tensor for tensor in tensors if isinstance(tensor.chunks, ManyChunks)]
-    listed = [
-        chunk.nbytes
-        for tensor in tensors
-        if type(tensor.chunks) is tuple
-        for chunk in tensor.chunks
-        if chunk.file in files
-    ]
-    return sum(listed) + sum(tensor.nbytes_in(files) for tensor in many)
+    many = [tensor.chunks for tensor in tensors if isinstance(tensor.chunks, ManyChunks)]
+    few = [tensor.chunks for tensor in tensors if not isinstance(tensor.chunks, ManyChunks)]
+    listed = [chunk.nbytes for chunks in few for chunk in chunks if chunk.file in files]
+    return sum(listed) + sum(chunks.nbytes_in(files) for chunks in many)
 
 
 def write_manifest(manifest: Manifest) -> bytes:
