@@ -144,9 +144,12 @@ class Borrowing:
         lender = self._lender
         if lender is None or lender.manifest.attempt not in attempts:
             return Borrowed()
-        leaves = [leaf for part in captured.values() for leaf in part.leaves]
-        if not lender.steady:
-            leaves = [leaf for leaf in leaves if leaf.tensor.data_ptr() not in trained]
+        leaves = [
+            leaf
+            for part in captured.values()
+            for leaf in part.leaves
+            if leaf.tensor.data_ptr() not in trained or key_of(leaf) in lender.steady
+        ]
         if sum(leaf.tensor.nbytes for leaf in leaves) < WORTHWHILE_NBYTES or not lender.may_lend():
             return Borrowed()
         expected = [

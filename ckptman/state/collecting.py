@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import msgspec
@@ -220,14 +220,16 @@ class Collector:
         self.leaves += [Leaf(name=name, tensor=tensor.detach()) for name, tensor in zip(names, tensors, strict=True)]
         return names
 
-    def _stem(self, keys: Iterable[str], path: str) -> str | None:
+    def _stem(self, keys: Collection[str], path: str) -> str | None:
         """What comes before each of *keys* in the name of what lies under it; None where `_name_of` does more to it."""
         every = "".join(keys)
         if _SPECIAL.search(every) or "\\" in every or not every.isprintable():
             return None
         stem = self._name_of(f"{path}['{_KEY}']").removesuffix(_KEY)
+        if stem or ("." not in every and "" not in keys):
+            return stem
         is_changed = any(key.startswith((".", "entries.", "state.")) or not key for key in keys)
-        return None if not stem and is_changed else stem
+        return None if is_changed else stem
 
     def _name_of(self, path: str) -> str:
         """A name for the tensor at *path*: ``ema['w'][0]`` gives ``w.0``."""
