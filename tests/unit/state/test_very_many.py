@@ -58,8 +58,12 @@ STATES: dict[str, Callable[[], object]] = {
 }
 
 
+def flags(tensor: torch.Tensor) -> tuple[bool, ...]:
+    return tensor.requires_grad, tensor.is_conj(), tensor.is_neg(), tensor.is_sparse
+
+
 def outcome(captured: Captured) -> object:
-    leaves = [(leaf.name, leaf.tensor.tolist(), leaf.tensor.requires_grad, leaf.offset) for leaf in captured.leaves]
+    leaves = [(leaf.name, leaf.tensor.tolist(), *flags(leaf.tensor)) for leaf in captured.leaves]
     return captured.kind, leaves, captured.values, captured.aliases
 
 
