@@ -121,6 +121,12 @@ def test_a_system_without_memory_gives_a_smaller_ring_said_once(
     assert arena.capacity() == 2
     assert len(caplog.records) == 1
     assert "32 MiB" in caplog.text
+    arena.give_back(slots.pop())
+    arena.trim(1)
+    left = 0
+    assert not arena.reserve(2), "which is refused again"
+    assert arena.capacity() == 1
+    assert len(caplog.records) == 1
 
 
 def test_no_memory_at_all_is_an_error() -> None:
