@@ -57,6 +57,13 @@ def test_a_file_of_the_last_time_is_no_notice_until_it_is_written_anew(tmp_path:
     os.utime(file, ns=(7, 7))
     clock.at += 5
     assert watch.look() == f"the file {file}"
+    again = clock.watch(Preemption(file=file))
+    other = tmp_path / "other"
+    other.touch()
+    os.utime(other, ns=(7, 7))
+    other.replace(file)
+    clock.at += 5
+    assert again.look() == f"the file {file}", "another one of the same age"
 
 
 @pytest.mark.parametrize("kind", ["seconds", "datetime", "slurm"])
