@@ -16,35 +16,6 @@ import pytest
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
-def azure_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, object]]:
-    """What adlfs wants in order to reach a new Azurite with one container, ``bucket``."""
-    adlfs = pytest.importorskip("adlfs", reason="needs the extra azure")
-    azurite = shutil.which("azurite-blob")
-    if azurite is None:
-        pytest.skip("needs azurite-blob: npm install -g azurite")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("azurite")
-    command = [azurite, "--silent", "--skipApiVersionCheck", f"--location={folder}", f"--blobPort={port}"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    connection = (
-        f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={KEY};"
-        f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;"
-    )
-    try:
-        ends_at = time.monotonic() + 60
-        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
-            assert process.poll() is None
-            assert time.monotonic() < ends_at
-            time.sleep(0.1)
-        adlfs.AzureBlobFileSystem(connection_string=connection, skip_instance_cache=True).mkdir("bucket")
-        yield {"connection_string": connection}
-    finally:
-        process.kill()
-        process.wait()
-
-
 def connection_to(port: int) -> str:
     """A connection string for the emulator at *port*."""
     return (

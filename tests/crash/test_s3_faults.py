@@ -94,7 +94,7 @@ def test_every_request_of_a_save_fails_once(s3_server: S3Server, proxy: Proxy, f
 
 
 def test_the_sweep_did_not_shrink() -> None:
-    """At least 200 faults were struck, in all eight ways."""
+    """At least 200 faults were struck, in all nine ways."""
     if set(covered) != set(FAULTS):
         pytest.skip("counts what the whole sweep covered")
     print(f"{sum(covered.values())} faults: {covered}")
