@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -9,8 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from ckptman.storage.object import ObjectStorage
+from ckptman.storage.retry import Retry
 
 # the well-known account of every emulator of Azure's storage
 KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
@@ -21,6 +28,27 @@ def connection_to(port: int) -> str:
     return (
         f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={KEY};"
         f"BlobEndpoint=http://127.0.0.1:{port}/devstoreaccount1;"
+    )
+
+
+@functools.cache
+def client_of(pid: int, port: int, read_timeout_s: float) -> Any:
+    """A client of the emulator at *port*; slow to make, so that the storages of a process share it."""
+    adlfs = pytest.importorskip("adlfs", reason="needs the extra azure")
+    return adlfs.AzureBlobFileSystem(
+        connection_string=connection_to(port),
+        read_timeout=read_timeout_s,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+
+
+def azure_storage(port: int, root: str | None = None, *, read_timeout_s: float = 20) -> ObjectStorage:
+    """A storage in *root*, or in a new one."""
+    return ObjectStorage(
+        root or f"abfs://bucket/{secrets.token_hex(6)}",
+        filesystem=lambda: client_of(os.getpid(), port, read_timeout_s),
+        retry=Retry(sleep=lambda seconds: None),
     )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from azurite import azure_storage
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
-from s3_server import Fault, S3Server, proxy_to
+from s3_server import Fault, Proxy, S3Server, proxy_to
 
 from ckptman import CheckpointManager, keep
 from ckptman.errors import CommitUnknown, StorageError
@@ -69,24 +72,32 @@ def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there(refusal: 
         assert state["weight"].tolist() == [2, 2, 2]
 
 
-def test_no_client_sends_a_put_again_behind_our_back(s3_server: S3Server) -> None:
+@pytest.fixture(params=["s3", "azure"])
+def proxied(request: pytest.FixtureRequest) -> Iterator[tuple[ObjectStorage, Proxy]]:
+    """A storage on a real server, and the proxy through which it is reached."""
+    is_s3 = request.param == "s3"
+    upstream = request.getfixturevalue("s3_server").port if is_s3 else request.getfixturevalue("azure_port")
+    with proxy_to(upstream) as proxy:
+        yield S3Server(port=upstream).storage(port=proxy.port) if is_s3 else azure_storage(proxy.port), proxy
+
+
+def test_no_client_sends_a_put_again_behind_our_back(proxied: tuple[ObjectStorage, Proxy]) -> None:
     """
     The connection is cut while a record's put is under way, and a later one is refused: the first may still land.
 
     aiohttp sends a PUT again by itself when a connection that it kept is cut. Were that let happen, the refusal would
     be the only answer that is seen, and the put would count as one that can never take effect.
     """
-    with proxy_to(s3_server.port) as proxy:
-        storage = s3_server.storage(port=proxy.port)
-        storage.create("a", b"")
-        faults: list[Fault] = ["cut", "403"]
+    storage, proxy = proxied
+    storage.create("a", b"")
+    faults: list[Fault] = ["cut", "403"]
 
-        def strike() -> None:
-            proxy.fault = faults.pop(0) if len(faults) > 1 else faults[0]
+    def strike() -> None:
+        proxy.fault = faults.pop(0) if len(faults) > 1 else faults[0]
 
-        proxy.arm(1, "cut", "before", lasting=True, strike=strike)
-        with pytest.raises(StorageError) as caught:
-            storage.create("b", b"x")
-        assert "may not create" in str(caught.value)
-        assert caught.value.may_take_effect
-        assert [request.partition(" ")[0] for request in proxy.requests] == ["PUT", "PUT", "HEAD"]
+    proxy.arm(1, "cut", "before", lasting=True, strike=strike)
+    with pytest.raises(StorageError) as caught:
+        storage.create("b", b"x")
+    assert "may not create" in str(caught.value)
+    assert caught.value.may_take_effect
+    assert [request.partition(" ")[0] for request in proxy.requests] == ["PUT", "PUT", "HEAD"]
