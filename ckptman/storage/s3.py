@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.driver import Upload, create, refuse_above
+from ckptman.storage.driver import Upload, create, cut, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
 from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Body, Parts
@@ -61,7 +61,7 @@ class S3Driver:
         return asyncio.run_coroutine_threadsafe(self._request(method, path, **arguments), self._fs.loop)
 
     def sends_direct(self, path: str) -> bool:
-        """Whether parts of *path* can be `prepared`. Over TLS only the client itself can: it sends a sum behind each."""
+        """Whether parts of *path* can be `prepared`: not over TLS, where the client sends the sum behind each."""
 
         async def is_plain() -> bool:
             return str((await self._client(path)).meta.endpoint_url).startswith("http:")
@@ -141,26 +141,33 @@ class S3Driver:
         if not into:
             self.size(path)
             return 0
-        if RECEIVED_NBYTES <= len(into) <= PART_NBYTES and self._direct.is_usable:
-            asked = {"Range": f"bytes={start}-{start + len(into) - 1}"}
-            found = self.prepared("get_object", path, **asked).into(into, start)
+        if len(into) <= PART_NBYTES:
+            return self.get_each(path, start, [into])
+        ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
+        return sum(self._run(_together([self._get_range(path, at, [part]) for at, part in ranges])))
+
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        nbytes = sum(map(len, into))
+        if nbytes >= RECEIVED_NBYTES and self._direct.is_usable:
+            found = self.prepared("get_object", path, Range=_range(start, nbytes)).into(into, start)
             if found is not None:
                 return found
-        ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
-        return sum(self._run(_together([self._get_range(path, at, part) for at, part in ranges])))
+        return self._run(self._get_range(path, start, into))
 
-    async def _get_range(self, path: str, start: int, into: memoryview) -> int:
+    async def _get_range(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        room = sum(map(len, into))
         try:
-            found = await self._request("get_object", path, Range=f"bytes={start}-{start + len(into) - 1}")
+            found = await self._request("get_object", path, Range=_range(start, room))
         except Exception as error:
             if status_of(error) == 416:
                 return 0  # it begins beyond the end
             raise
         try:
             nbytes = int(found["ContentLength"])
-            if nbytes > len(into):
-                raise StorageError(f"{path!r}: asked for {len(into)} bytes, the server sends {nbytes}")
-            await _receive(found["Body"], into[:nbytes])
+            if nbytes > room:
+                raise StorageError(f"{path!r}: asked for {room} bytes, the server sends {nbytes}")
+            for part in cut(into, nbytes):
+                await _receive(found["Body"], part)
         finally:
             found["Body"].close()
         return nbytes
@@ -248,6 +255,10 @@ class S3Driver:
 
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         return self.wait(asyncio.run_coroutine_threadsafe(call, self._fs.loop))
+
+
+def _range(start: int, nbytes: int) -> str:
+    return f"bytes={start}-{start + nbytes - 1}"
 
 
 async def _receive(body: Any, into: memoryview) -> None:

@@ -1,5 +1,5 @@
 """
-Large bodies of S3 requests, sent and received on other threads than the event loop's, from and into the caller's memory.
+Large bodies of S3 requests, sent and received on other threads than the event loop's, without a copy.
 
 The client that s3fs has made prepares and signs a request, with all that its user has configured. Then this takes it
 off the client's hands, whose event loop would copy every byte up to three times, on the one thread that all requests
@@ -9,13 +9,15 @@ itself, and its answer, or its error, counts.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
+
+from ckptman.storage.driver import cut
 
 _EVENTS = "before-send.s3.GetObject", "before-send.s3.UploadPart"
 PIECE_NBYTES = 1 << 20
@@ -85,7 +87,7 @@ class Prepared:
         self._transport = transport
         self._request = request
 
-    def into(self, memory: memoryview, start: int) -> int | None:
+    def into(self, memory: Sequence[memoryview], start: int) -> int | None:
         """
         Send it; fill *memory* with the bytes from *start* on, and return how many came.
 
@@ -99,9 +101,10 @@ class Prepared:
         raw = self._transport.send(self._request).raw
         try:
             nbytes = _promised(raw, start)
-            if nbytes is None or nbytes > len(memory):
+            if nbytes is None or nbytes > sum(map(len, memory)):
                 return None
-            _fill(memory[:nbytes], raw)
+            for part in cut(memory, nbytes):
+                _fill(part, raw)
             raw.release_conn()
         except HTTPError as error:
             raise ConnectionError(f"the answer broke off: {error}") from error

@@ -88,7 +88,7 @@ class Parts:
         self._upload: str | None = None
         self._part = bytearray()
         self._sent: list[dict[str, object]] = []
-        self._in_flight: deque[tuple[int, bytearray, Future[Answer | None]]] = deque()
+        self._in_flight: deque[tuple[int, bytearray, Future[Any]]] = deque()
         self._sends_direct = False
         self._senders: ThreadPoolExecutor | None = None
         self._is_dropped = False
@@ -154,7 +154,7 @@ class Parts:
         self._in_flight.append((number, part, self._begin(number, part, at_once)))
         self._part = bytearray()
 
-    def _begin(self, number: int, part: bytearray, at_once: int) -> Future[Answer | None]:
+    def _begin(self, number: int, part: bytearray, at_once: int) -> Future[Any]:
         if self._sends_direct:
             if self._senders is None:
                 self._senders = ThreadPoolExecutor(at_once, thread_name_prefix="ckptman-send")
@@ -178,7 +178,7 @@ class Parts:
 
     def _collect(self) -> None:
         number, part, future = self._in_flight[0]
-        answer = None
+        answer: Answer | None = None
         try:
             answer = self._driver.wait(future)
         except Exception as error:
