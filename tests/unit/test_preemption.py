@@ -82,6 +82,13 @@ def test_a_deadline_is_a_notice_when_the_save_must_begin(kind: str) -> None:
     slow.took(16.0)
     assert slow.look() == "the deadline in 31 s"
     assert watch.look() == "the deadline in 31 s", "a step took 969 s: the next call would come too late"
+    clock.at = end - 350
+    uneven = clock.watch(Preemption(deadline=end))
+    for step_s in (0, 100, 1):
+        clock.at += step_s
+        assert uneven.look() is None
+    clock.at = end - 200
+    assert uneven.look() == "the deadline in 200 s", "the longest step counts, not the last one"
     steady = clock.watch(Preemption(deadline=end))
     clock.at = end - 30
     assert steady.look() == "the deadline in 30 s"
@@ -121,6 +128,11 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     clock.at += 2
     fast.hear("SIGTERM")
     assert "a save took up to 20 s here, and about 19 s are left" in caplog.text
+    caplog.clear()
+    hurried = clock.watch(Preemption(deadline=clock.at + 15, grace_s=30.0))
+    hurried.took(20.0)
+    hurried.hear("SIGTERM")
+    assert "about 15 s are left" in caplog.text, "the deadline comes before the grace is over"
 
 
 def test_wrong_arguments_are_refused() -> None:
