@@ -120,6 +120,7 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     caplog.clear()
     fast = clock.watch(Preemption(grace_s=30.0))
     fast.took(20.0)
+    fast.took(1.0)
     fast.signals.received = "SIGTERM"
     assert fast.look() == "SIGTERM"
     clock.at += 9
@@ -133,6 +134,21 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     hurried.took(20.0)
     hurried.hear("SIGTERM")
     assert "about 15 s are left" in caplog.text, "the deadline comes before the grace is over"
+
+
+def test_a_rank_that_hears_of_a_notice_from_another_counts_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    """It knows that the end is near, says the same in every later look, and its grace has begun."""
+    clock = Clock()
+    watch = clock.watch(Preemption(grace_s=30.0))
+    watch.took(20.0)
+    assert not watch.has_noticed
+    watch.hear("SIGUSR1 (on rank 1)")
+    assert watch.has_noticed
+    assert watch.look() == "SIGUSR1 (on rank 1)"
+    assert not caplog.records
+    clock.at += 11
+    watch.hear("SIGUSR1 (on rank 1)")
+    assert "about 19 s are left" in caplog.text
 
 
 def test_wrong_arguments_are_refused() -> None:
