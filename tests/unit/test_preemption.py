@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -176,6 +177,25 @@ def test_a_deadline_saves_commits_and_exits_with_75(tmp_path: Path) -> None:
     latest = CheckpointManager(tmp_path).latest()
     assert latest is not None
     assert (latest.step, latest.preempted) == (1, True)
+
+
+def test_training_off_the_main_thread_listens_to_no_signal_and_saves_all_the_same(tmp_path: Path) -> None:
+    """Python lets only the main thread install handlers; a deadline is heard there too."""
+    before = signal.getsignal(signal.SIGTERM)
+    raised: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            with CheckpointManager(tmp_path, {"x": torch.ones(1)}, preemption=Preemption(deadline=1.0)) as manager:
+                manager.maybe_save(1)
+        except BaseException as error:  # noqa: BLE001 - Preempted ends threads in silence
+            raised.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join(30)
+    assert [type(error) for error in raised] == [Preempted]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_handler_that_was_put_on_top_stays_when_the_manager_closes(tmp_path: Path) -> None:
