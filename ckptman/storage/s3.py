@@ -23,7 +23,7 @@ from ckptman.storage.base import Buffer
 from ckptman.storage.driver import Upload, create, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
-from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Parts
+from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Body, Parts
 
 if TYPE_CHECKING:
     from ckptman.storage.s3_receiving import Receiving
@@ -97,7 +97,7 @@ class S3Driver:
     # writing
 
     def put_new(self, path: str, data: Buffer) -> None:
-        self.create(path, "put_object", nonce=secrets.token_hex(16), marked=True, Body=bytes(data))
+        self.create(path, "put_object", nonce=secrets.token_hex(16), marked=True, Body=data)
 
     def upload(self, path: str) -> Upload:
         return Parts(self, path)
@@ -225,6 +225,8 @@ class S3Driver:
         await self._fs.set_session()
         client = await self._fs.get_s3(bucket)
         send = getattr(client, method)
+        if "Body" in arguments:
+            arguments["Body"] = Body(arguments["Body"])
         arguments = self._fs._get_s3_method_kwargs(send, Bucket=bucket, **{_key: key}, **arguments)
         return client, send(**arguments)
 

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from ckptman.errors import StorageError
+from ckptman.storage.base import Buffer
 from ckptman.storage.foreign import is_transient
 
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ class Body:
     """
     Bytes for two readers: botocore, which signs and sums a file, and aiohttp, which sends what it iterates over.
 
-    Given the bytes themselves, the event loop would copy whatever the socket does not take at once.
+    Given the bytes themselves, the event loop would copy whatever the socket does not take at once. And aiohttp would
+    send a PUT again by itself where a connection was cut: two requests, of which we would see one answer. This one can
+    be sent once.
     """
 
-    def __init__(self, data: bytearray) -> None:
+    def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data)
         self._at = 0
+        self._is_sent = False
 
     def __len__(self) -> int:
         return len(self._data)
@@ -60,6 +64,9 @@ class Body:
         return self._at
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
+        if self._is_sent:
+            raise ConnectionError("the connection was cut while a request was sent")
+        self._is_sent = True
         for start in range(0, len(self._data), PIECE_NBYTES):
             yield self._data[start : start + PIECE_NBYTES]
 
@@ -97,7 +104,7 @@ class Parts:
 
     def finish(self) -> None:
         if self._upload is None:
-            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=Body(self._part))
+            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=self._part)
             return
         if self._part:
             self._send()
@@ -134,7 +141,7 @@ class Parts:
         self._part = bytearray()
 
     def _begin(self, number: int, part: bytearray) -> Future[Mapping[str, Any]]:
-        return self._driver.begin("upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part))
+        return self._driver.begin("upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=part)
 
     def _collect(self) -> None:
         number, part, future = self._in_flight[0]
@@ -143,9 +150,7 @@ class Parts:
         except Exception as error:
             if not is_transient(error):
                 raise
-            answer = self._driver.call(
-                "upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part)
-            )
+            answer = self._driver.call("upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=part)
         self._in_flight.popleft()
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **sums})

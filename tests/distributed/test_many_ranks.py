@@ -254,9 +254,9 @@ def _fail_everywhere(rank: int, root: str) -> dict[str, Any]:
         found["no memory, blocking"] = _text(lambda: manager.save(10, block=True))
         manager._engine._borrow = borrow
         manager._save_every = lambda step, seconds: True
-        manager._half_restored = "as after a damaged one" if rank == 2 else None
+        manager._restoring.half_restored = "as after a damaged one" if rank == 2 else None
         found["half restored"] = _text(lambda: manager.maybe_save(11))[0]
-        manager._save_every = manager._half_restored = None
+        manager._save_every = manager._restoring.half_restored = None
         found["other steps"] = _text(lambda: manager.save(7 + rank))
         found["keep"] = manager.save(8, block=True).result().step
         found["no such step"] = _text(lambda: manager.restore(99))
