@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,13 @@ def test_a_file_of_the_last_time_is_no_notice_until_it_is_written_anew(tmp_path:
     os.utime(file, ns=(7, 7))
     clock.at += 5
     assert watch.look() == f"the file {file}"
+    again = clock.watch(Preemption(file=file))
+    other = tmp_path / "other"
+    other.touch()
+    os.utime(other, ns=(7, 7))
+    other.replace(file)
+    clock.at += 5
+    assert again.look() == f"the file {file}", "another one of the same age"
 
 
 @pytest.mark.parametrize("kind", ["seconds", "datetime", "slurm"])
@@ -140,6 +148,24 @@ def test_a_deadline_saves_commits_and_exits_with_75(tmp_path: Path) -> None:
     latest = CheckpointManager(tmp_path).latest()
     assert latest is not None
     assert (latest.step, latest.preempted) == (1, True)
+
+
+def test_a_handler_that_was_put_on_top_stays_when_the_manager_closes(tmp_path: Path) -> None:
+    """It may hand on to ours, which then does what was done before us."""
+    heard: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("below"))
+    try:
+        with CheckpointManager(tmp_path, {"x": torch.ones(1)}) as manager:
+            manager.maybe_save(1)
+            ours = signal.getsignal(signal.SIGUSR1)
+            assert callable(ours)
+            on_top = lambda number, frame: (heard.append("on top"), ours(number, frame))
+            signal.signal(signal.SIGUSR1, on_top)
+        assert signal.getsignal(signal.SIGUSR1) is on_top
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == ["on top", "below"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(
