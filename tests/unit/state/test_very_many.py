@@ -1,4 +1,4 @@
-"""Dicts of very many tensors are taken at once: with the same outcome as one by one."""
+"""Dicts of very many tensors are taken and placed at once: with the same outcome as one by one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from state_roundtrip import load, save
 
-from ckptman.state import collecting
+from ckptman.state import collecting, trees
 from ckptman.state.capture import Captured, capture
 
 Tree = dict[str, object]
@@ -74,6 +75,46 @@ def test_it_makes_no_difference_whether_they_are_taken_at_once(name: str, monkey
     one_by_one = outcome(capture(state, rng=False)["all"])
     monkeypatch.setattr(collecting, "_MANY", 1)
     assert outcome(capture(state, rng=False)["all"]) == one_by_one
+
+
+def changed(tree: object) -> object:
+    """*tree* with other values in its tensors."""
+    if isinstance(tree, torch.Tensor):
+        with torch.no_grad():
+            tree.mul_(0)
+        return tree
+    for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        changed(one)
+    return tree
+
+
+def objects(tree: object) -> list[object]:
+    """Everything in *tree*, in its order."""
+    if isinstance(tree, dict | list):
+        return [one for part in (tree.values() if isinstance(tree, dict) else tree) for one in objects(part)]
+    return [tree]
+
+
+def restored(name: str, other: str) -> object:
+    """What comes out where *name* is restored into what *other* makes; which of the live objects are in it."""
+    saved = save({"all": STATES[name]()})
+    live = {"all": changed(STATES[other]())}
+    before = objects(live)
+    load(live, saved)
+    kept = [[place for place, old in enumerate(before) if one is old] for one in objects(live)]
+    return outcome(capture(live, rng=False)["all"]), kept
+
+
+@pytest.mark.parametrize("other", [None, "flat", "tied", "overlapping", "beside: strided", "beside: parameter"])
+@pytest.mark.parametrize("name", STATES)
+def test_it_makes_no_difference_whether_they_are_placed_at_once(
+    name: str, other: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into one like it, and into others: of the same names and with other tensors among them."""
+    monkeypatch.setattr(trees, "_MANY", 1_000)
+    one_by_one = restored(name, other or name)
+    monkeypatch.setattr(trees, "_MANY", 1)
+    assert restored(name, other or name) == one_by_one
 
 
 def test_what_was_taken_shares_memory_and_nothing_else_with_the_live_one() -> None:
