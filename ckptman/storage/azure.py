@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.driver import Upload, create, refuse_above
+from ckptman.storage.driver import Upload, create, get_each, refuse_above
 from ckptman.storage.foreign import is_missing, is_transient, status_of
 from ckptman.storage.retry import Retry
 
@@ -158,6 +158,9 @@ class AzureDriver:
             self.size(path)
             return 0
         return self.wait(self._begin(get_into()))
+
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        return get_each(self.get_into, path, start, into)
 
     def size(self, path: str) -> int:
         return int(self.ask(path, "get_blob_properties").size)

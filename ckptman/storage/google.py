@@ -17,16 +17,19 @@ import json
 import secrets
 from collections.abc import Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from ckptman.storage.base import Buffer
 from ckptman.storage.driver import AnyDriver, create, refuse_above
 from ckptman.storage.foreign import is_transient
+from ckptman.storage.retry import Retry
 
 Result = TypeVar("Result")
 
 _NONCE = "ckptman_nonce"
+_OF_UPLOADS = frozenset({"POST", "PUT"})
 _NOBODY_HAS_IT = "0"
 """The generation of an object that is not there."""
 
@@ -41,6 +44,18 @@ class GoogleDriver(AnyDriver):
     """A `Driver` over gcsfs. A path is the bucket, ``/``, and the object's name."""
 
     can_swap = True
+
+    def __init__(self, filesystem: Any, retry: Retry) -> None:
+        super().__init__(filesystem, retry)
+        send = type(filesystem)._request
+        self._once, again = partial(inspect.unwrap(send), filesystem), partial(send, filesystem)
+
+        async def request(method: str, path: str, *arguments: Any, **more: Any) -> Any:
+            # gcsfs tries six times within our own five. Uploads of a local file need that: ours begins from the start.
+            call = again if method.upper() in _OF_UPLOADS else self._once
+            return await call(method, path, *arguments, **more)
+
+        filesystem._request = request
 
     def put_new(self, path: str, data: Buffer) -> None:
         nonce, value = secrets.token_hex(16), bytes(data)
@@ -92,9 +107,7 @@ class GoogleDriver(AnyDriver):
 
     def _send(self, method: str, url: str, **more: Any) -> bytes:
         """The body of the answer to one request, sent once."""
-        # gcsfs wraps this method into its own trying again.
-        once = inspect.unwrap(type(self._fs)._request)
-        return bytes(self._run(once(self._fs, method, url, **more))[3])
+        return bytes(self._run(self._once(method, url, **more))[3])
 
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(call, self._fs.loop)

@@ -20,7 +20,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -184,6 +184,11 @@ class ObjectStorage:
         """Fill *into* from byte *start* on, by several requests at once if it is large. See `Storage.read_into`."""
         check_key(key)
         return self._try("read", key, lambda driver: driver.get_into(self._path(key), start, into))
+
+    def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
+        """Fill *into*, one after the other, by one request. See `Distant`."""
+        check_key(key)
+        return self._try("read", key, lambda driver: driver.get_each(self._path(key), start, into))
 
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Raises `KeyMissing`."""
