@@ -101,8 +101,8 @@ class _Lender:
         """Whether there is a file of which enough may be unchanged. Asked before anything is asked of each tensor."""
         left = [0] * len(self.manifest.files)
         for tensor in self.listed:
-            if isinstance(tensor.chunks, ManyChunks):
-                return True  # too many to ask
+            if not isinstance(tensor.chunks, tuple):
+                return True  # `ManyChunks`: too many to ask
             for chunk in tensor.chunks:
                 if (tensor.name, chunk.offset) not in self.lively:
                     left[chunk.file] += chunk.nbytes

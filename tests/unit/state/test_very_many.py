@@ -23,6 +23,11 @@ def tied() -> Tree:
     return {**tree, "again": tree["a"]}
 
 
+def tied_across() -> Tree:
+    tree = tensors("a", "b")
+    return {"one": tree, "other": {**tensors("a"), "c": tree["b"]}}
+
+
 def overlapping() -> Tree:
     whole = torch.arange(8.0)
     return {"whole": whole, "half": whole[:4], "rest": whole[4:]}
@@ -37,6 +42,7 @@ def beside(name: str) -> Callable[[], Tree]:
         "sparse": torch.eye(3).to_sparse(),
         "empty": torch.empty(0),
         "strided": torch.ones(4, 4).t()[:, 1:],
+        "expanded": torch.ones(1).expand(3),
         "number": 3,
     }
     return lambda: {**tensors("a", "b"), "c": special[name]}
@@ -53,9 +59,12 @@ STATES: dict[str, Callable[[], object]] = {
     "not ASCII": lambda: tensors("größe", "幅"),
     "names that meet": lambda: {"a.b": torch.ones(1), "a": tensors("b", "c")},
     "tied": tied,
+    "apart": lambda: tensors("a", "b", "c", "again"),
+    "tied across": tied_across,
+    "apart across": lambda: {"one": tensors("a", "b"), "other": tensors("c", "a")},
     "overlapping": overlapping,
     **{f"beside: {name}": beside(name) for name in ("parameter", "requires grad", "conjugate", "negative", "sparse")},
-    **{f"beside: {name}": beside(name) for name in ("empty", "strided", "number")},
+    **{f"beside: {name}": beside(name) for name in ("empty", "strided", "number", "expanded")},
 }
 
 
@@ -81,7 +90,8 @@ def changed(tree: object) -> object:
     """*tree* with other values in its tensors."""
     if isinstance(tree, torch.Tensor):
         with torch.no_grad():
-            tree.mul_(0)
+            if tree.layout == torch.strided and 0 not in tree.stride():
+                tree.zero_()
         return tree
     for one in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
         changed(one)
@@ -105,7 +115,7 @@ def restored(name: str, other: str) -> object:
     return outcome(capture(live, rng=False)["all"]), kept
 
 
-@pytest.mark.parametrize("other", [None, "flat", "tied", "overlapping", "beside: strided", "beside: parameter"])
+@pytest.mark.parametrize("other", [None, "flat", "tied", "tied across", "beside: expanded", "beside: parameter"])
 @pytest.mark.parametrize("name", STATES)
 def test_it_makes_no_difference_whether_they_are_placed_at_once(
     name: str, other: str | None, monkeypatch: pytest.MonkeyPatch
