@@ -9,7 +9,8 @@ listens to; what must follow a commit (a tag, a copy) belongs into the training 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,3 +136,14 @@ class Hooks:
                 hook(event)
             except Exception:  # noqa: BLE001 - a hook cannot stop a save
                 _log.exception("the hook %r failed on %s", hook, type(event).__name__)
+
+    def emit_weakly(self) -> Callable[[Event], None]:
+        """``emit`` for a thread: it does not keep the hooks alive, which may know the manager that should end it."""
+        reached = weakref.WeakMethod(self.emit)
+
+        def emit(event: Event) -> None:
+            tell = reached()
+            if tell is not None:
+                tell(event)
+
+        return emit

@@ -6,20 +6,17 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from ckptman.boundary import Boundary
 from ckptman.coordinator import Coordinator, Solo, current
-from ckptman.errors import Preempted, SaveFailed
+from ckptman.errors import Preempted
 from ckptman.events import (
     BecameWriter,
     Committed,
-    Damaged,
     Event,
     Hook,
     Hooks,
@@ -28,8 +25,6 @@ from ckptman.events import (
     SaveErred,
     Staged,
 )
-from ckptman.format.catalog import Entry
-from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import metrics_to_json
 from ckptman.format.names import check_step, check_tag
 from ckptman.pipeline.background import PendingSave
@@ -38,9 +33,8 @@ from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.engine import Engine, Source
 from ckptman.pipeline.mirroring import Mirror, Mirroring
 from ckptman.pipeline.ranks import Ranks
-from ckptman.pipeline.recall import recall
+from ckptman.pipeline.restoring import Restoring, Wanted
 from ckptman.pipeline.saving import Job
-from ckptman.pipeline.spreading import fill_together
 from ckptman.pipeline.starting import Begun, Starting
 from ckptman.preemption import Preemption, Watch
 from ckptman.repository import keep as keep_rules
@@ -48,16 +42,17 @@ from ckptman.repository.changes import deleting, tagging, untagging
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
 from ckptman.repository.ownership import Claim, Ownership
-from ckptman.repository.repository import Repository, Which, warn_passed_over
+from ckptman.repository.repository import Repository, Which
 from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule
 from ckptman.state.kinds import check_state
-from ckptman.state.restore import Restoration, prepare
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
-from ckptman.types import Checkpoint, Skipped
+from ckptman.types import Checkpoint
 
 _log = logging.getLogger("ckptman")
+
+_TO_SAVE = "give it a state to save"
 
 
 class CheckpointManager:
@@ -144,13 +139,11 @@ class CheckpointManager:
         self._boundary = Boundary(coordinator.channel("steps"), self._watch)
         self._save_every = save_every
         self._keep = keep
-        self._rng = rng
-        self._limits = limits
         self._engine = Engine(self._state, limits, overlap=overlap, ranks=self._ranks.world_size)
         self._background = self._engine.background  # knows nothing of us: the registry of owners keeps it
         self._pid = os.getpid()
         weakref.finalize(self, self._watch.signals.uninstall)
-        tell = _weakly(self._hooks)
+        tell = self._hooks.emit_weakly()
         self._mirroring = None if mirror is None else _mirroring(self, self._storage, mirror, tell)
         mirrored = None if self._mirroring is None else Repository(self._mirroring.storage)
         self._roots = Roots(root=self._repository, mirror=mirrored, emit=tell)
@@ -161,8 +154,10 @@ class CheckpointManager:
             on_taken=_welcoming(self._hooks, self._mirroring),
         )
         self._starting = Starting(self._ranks, self._claim, rng=rng)
+        self._restoring = Restoring(
+            self._ranks, self._roots, self._engine.borrowing, self._hooks.emit, rng=rng, threads=limits.io_threads
+        )
         weakref.finalize(self, self._engine.forget)
-        self._half_restored: str | None = None
         self._is_closed = False
         self._engine.prefault()
 
@@ -223,7 +218,7 @@ class CheckpointManager:
             Preempted: A notice arrived, and the checkpoint is committed. It is a ``SystemExit`` with code 75.
             As ``save``: Whatever it raises.
         """
-        self._check_open_for_saving()
+        self._live(_TO_SAVE)
         self._watch.signals.install()
         outlook = self._boundary.look(check_step(step))
         if outlook.notice is not None:
@@ -239,7 +234,8 @@ class CheckpointManager:
     ) -> PendingSave:
         began, created_at = time.monotonic(), utc_now()
         try:
-            state = self._check_fit_for_saving()
+            state = self._live(_TO_SAVE)
+            self._restoring.check_not_half()
             job = Job(
                 step=check_step(step),
                 created_at=created_at,
@@ -261,24 +257,27 @@ class CheckpointManager:
         begun = self._starting.begin(job, state, failure)
         self._boundary.saved()
         try:
-            if block:
-                future: Future[Checkpoint] = Future()
-                write = lambda source: self._write(begun, source, began)  # noqa: E731
-                future.set_result(self._engine.save_now(write, begun.captured, begun.attempts))
-                return PendingSave(step, future, time.monotonic() - began)
-            return self._engine.save_behind(
-                lambda source: self._write(begun, source, began),
-                begun.captured,
-                begun.attempts,
-                step=step,
-                began=began,
-                on_staged=lambda nbytes, stall_s: self._hooks.emit(
-                    Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s)
-                ),
-            )
+            return self._run(begun, began, block=block)
         except BaseException as error:
             begun.abandon(error)
             raise
+
+    def _run(self, begun: Begun, began: float, *, block: bool) -> PendingSave:
+        step = begun.job.step
+
+        def write(source: Source) -> Checkpoint:
+            return self._write(begun, source, began)
+
+        def on_staged(nbytes: int, stall_s: float) -> None:
+            self._hooks.emit(Staged(root=self.root, step=step, nbytes=nbytes, stall_s=stall_s))
+
+        if block:
+            future: Future[Checkpoint] = Future()
+            future.set_result(self._engine.save_now(write, begun.captured, begun.attempts))
+            return PendingSave(step, future, time.monotonic() - began)
+        return self._engine.save_behind(
+            write, begun.captured, begun.attempts, step=step, began=began, on_staged=on_staged
+        )
 
     def _write(self, begun: Begun, source: Source, began: float) -> Checkpoint:
         job = begun.job
@@ -296,25 +295,6 @@ class CheckpointManager:
             self._hooks.emit(Pruned(root=self.root, steps=saved.pruned))
         self._notify_mirror()
         return saved.checkpoint
-
-    def _check_open_for_saving(self) -> Mapping[str, object]:
-        self._check_open()
-        if self._state is None:
-            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to save")
-        return self._state
-
-    def _check_fit_for_saving(self) -> Mapping[str, object]:
-        state = self._check_open_for_saving()
-        if self._half_restored is not None:
-            raise SaveFailed(
-                f"the live state is half restored ({self._half_restored}): saving it would make the mixture permanent. "
-                "Restore an intact checkpoint, or build the objects and the manager anew"
-            )
-        return state
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise ValueError(f"this manager of {self.root} is closed")
 
     # ------------------------------------------------------------------ restoring
 
@@ -346,64 +326,16 @@ class CheckpointManager:
             FormatError: The checkpoint or the catalog is of a newer format, or no catalog record can be read.
             StorageError: The medium failed; or the root has no checkpoint, and its mirror could not be read.
         """
-        self._check_open()
-        if self._state is None:
-            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state to restore into")
+        state = self._live("give it a state to restore into")
         began = time.monotonic()
         self._background.drain()
         with self._engine.paused():
-            checkpoint = self._recall(which, only, strict)
+            checkpoint = self._restoring.restore(state, Wanted(which, only, strict))
         if checkpoint is not None:
             duration_s = time.monotonic() - began
             _log.info("restored step %d from %s in %.2f s", checkpoint.step, checkpoint.url, duration_s)
             self._hooks.emit(Restored(root=self.root, checkpoint=checkpoint, duration_s=duration_s))
         return checkpoint
-
-    def _recall(self, which: Which, only: Collection[str] | None, strict: bool) -> Checkpoint | None:
-        def load(repository: Repository, entry: Entry, manifest: Manifest) -> Checkpoint:
-            return self._load(repository, entry, manifest, only=only, strict=strict)
-
-        checkpoint, skipped = recall(self._ranks, self._roots, which, load=load, pass_over=self._pass_over)
-        return None if checkpoint is None else replace(checkpoint, skipped=skipped)
-
-    def _pass_over(self, step: int, reason: str) -> Skipped:
-        warn_passed_over(step, self.root, reason)
-        self._hooks.emit(Damaged(root=self.root, step=step, reason=reason))
-        return Skipped(step=step, reason=reason)
-
-    def _load(
-        self, repository: Repository, entry: Entry, manifest: Manifest, *, only: Collection[str] | None, strict: bool
-    ) -> Checkpoint:
-        """Load *entry*, on all ranks: each of the three steps is begun once all have done the one before."""
-        assert self._state is not None
-        state, ranks, threads = self._state, self._ranks, self._limits.io_threads
-        found: list[Restoration] = []
-        values: list[dict[str, object]] = []
-
-        def compare() -> None:
-            rank, size = ranks.rank, ranks.world_size
-            with no_search_for_cycles():
-                found.append(
-                    prepare(state, manifest, only=only, strict=strict, rng=self._rng, rank=rank, world_size=size)
-                )
-
-        ranks.do(compare)
-        with self._half_restoring(entry, found[0]):
-            fill_together(ranks, repository.storage, manifest, found[0].targets, threads=threads)
-            ranks.do(lambda: values.append(found[0].finish()))
-        if repository is self._repository:  # the files of a mirror cannot be pointed at from here
-            self._engine.borrowing.restored(manifest, found[0].targets.keys())
-        return replace(repository.checkpoint(entry), values=values[0])
-
-    @contextmanager
-    def _half_restoring(self, entry: Entry, restoration: Restoration) -> Iterator[None]:
-        before, self._half_restored = self._half_restored, f"restoring step {entry.step} was interrupted"
-        try:
-            yield
-        except Exception as error:
-            self._half_restored = f"restoring step {entry.step} failed: {error}"
-            raise
-        self._half_restored = None if restoration.is_complete else before
 
     # ------------------------------------------------------------------ looking
 
@@ -444,9 +376,7 @@ class CheckpointManager:
         self._change(deleting((step,), self.root), f"delete step {step}")
 
     def _change(self, change: Change, what: str) -> None:
-        self._check_open()
-        if self._state is None:
-            raise ValueError(f"this manager of {self.root} was opened for reading: give it a state, or use the CLI")
+        self._live("give it a state, or use the CLI")
         self._background.drain()
         self._ranks.do(lambda: self._ranks.rank or self._claim.owner().commit(change, what))
         self._notify_mirror()
@@ -503,6 +433,14 @@ class CheckpointManager:
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not mask the error of the block
             error.add_note(f"ckptman: and the last save failed: {failure}")
 
+    def _live(self, advice: str) -> Mapping[str, object]:
+        """The live state of a manager that is open and has one; others hear *advice*."""
+        if self._is_closed:
+            raise ValueError(f"this manager of {self.root} is closed")
+        if self._state is None:
+            raise ValueError(f"this manager of {self.root} was opened for reading: {advice}")
+        return self._state
+
     def _raise_uncollected(self) -> None:
         failure = self._background.uncollected()
         if failure is not None:
@@ -534,15 +472,3 @@ def _mirroring(
     mirroring = Mirroring(source, mirror if isinstance(mirror, Mirror) else Mirror(mirror), emit)
     weakref.finalize(manager, mirroring.stop)
     return mirroring
-
-
-def _weakly(hooks: Hooks) -> Callable[[Event], None]:
-    """Calls *hooks*, and does not keep them alive: they may know the manager, which must not live for its threads."""
-    reached = weakref.WeakMethod(hooks.emit)
-
-    def emit(event: Event) -> None:
-        tell = reached()
-        if tell is not None:
-            tell(event)
-
-    return emit
