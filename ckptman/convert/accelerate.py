@@ -13,10 +13,9 @@ from ckptman.convert import safetensors_file, torch_file
 from ckptman.convert.files import Files
 from ckptman.convert.foreign import Foreign, Part, as_kind, guessed, module
 from ckptman.convert.lightning import numbered
-from ckptman.convert.streams import streams
+from ckptman.convert.streams import by_rank, streams_of
 from ckptman.errors import FormatError
 
-_STREAMS = re.compile(r"random_states_[0-9]+\.pkl")
 _FILE = re.compile(
     r"(?P<kind>model|pytorch_model|optimizer|scheduler|scaler|custom_checkpoint)(_(?P<index>[0-9]{1,3}))?"
     r"\.(?P<end>safetensors|safetensors\.index\.json|bin|pt|pkl)"
@@ -42,7 +41,7 @@ def read(path: Path, files: Files) -> Foreign:
     parts: dict[str, Part] = {}
     left_out: list[str] = []
     names = sorted(entry.name for entry in path.iterdir())
-    ranks = [name for name in names if _STREAMS.fullmatch(name)]
+    ranks, missing = by_rank("random_states_{}.pkl", names)
     for name in names:
         match = _FILE.fullmatch(name)
         if match is not None:
@@ -55,16 +54,17 @@ def read(path: Path, files: Files) -> Foreign:
             left_out.append(f"{name}: nothing that is restored")
     if "model" not in parts:
         raise FormatError(f"{path} is incomplete: it has no weights (model.safetensors, an index of them, …)")
-    missing = [f"{kind}.bin" for kind in ("optimizer", "scheduler") if f"{kind}-1" in parts and kind not in parts]
-    if not ranks:
-        missing.append("random_states_0.pkl")
-    if len(ranks) == 1:
-        parts["rng"] = _streams(path / ranks[0], files)
-    elif ranks:
-        left_out.append(
-            f"{', '.join(ranks)}: random streams of {len(ranks)} processes, which an import by one cannot give back"
-        )
-    return Foreign(format="a directory of accelerate", parts=parts, left_out=tuple(left_out), missing=tuple(missing))
+    streams = streams_of({path / name: torch_file.load(files.open(path / name).whole()) for name in ranks})
+    if streams and not missing:
+        parts["rng"] = streams[0]
+    missing += [f"{kind}.bin" for kind in ("optimizer", "scheduler") if f"{kind}-1" in parts and kind not in parts]
+    return Foreign(
+        format="a directory of accelerate",
+        parts=parts,
+        left_out=tuple(left_out),
+        other_streams=streams[1:] if not missing else (),
+        missing=tuple(missing),
+    )
 
 
 def _part(component: str, path: Path, files: Files) -> Part:
@@ -79,10 +79,3 @@ def _part(component: str, path: Path, files: Files) -> Part:
         return as_kind(tree, "module" if component.startswith("model") else "stateful")
     except ValueError as error:
         raise FormatError(f"{path} does not hold the state of a {component}: {error}") from error
-
-
-def _streams(path: Path, files: Files) -> Part:
-    part = streams(torch_file.load(files.open(path).whole()))
-    if part is None:
-        raise FormatError(f"{path} does not hold random streams as accelerate saves them")
-    return part

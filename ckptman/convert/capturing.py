@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from msgspec import structs
 
 from ckptman.convert.foreign import Document, Foreign, ForeignTensor, Part
 from ckptman.convert.stored import Progress
 from ckptman.errors import FormatError
+from ckptman.format.names import rank_name
+from ckptman.format.ranks import own_name
 from ckptman.format.values import Marker, TensorRef, from_json
 from ckptman.pipeline.arena import SLOT_NBYTES, Arena, Slot
 from ckptman.pipeline.planning import PlannedFile, Planner, Run, Segment
@@ -79,7 +82,18 @@ def take(foreign: Foreign) -> Taken:
             kind=part.kind, leaves=tuple(collector.leaves), values=values, aliases=dict(collector.aliases)
         )
         data.update(collector.data)
+    for rank, part in enumerate(foreign.other_streams, 1):
+        _take_own(rank, part, captured, data)
     return Taken(captured, data)
+
+
+def _take_own(rank: int, part: Part, captured: dict[str, Captured], data: dict[str, ForeignTensor]) -> None:
+    """Take the random streams of *rank*: values that refer to tensors by plain names, tensors under its own."""
+    collector = _Collector("rng")
+    values = collector.document(part.tree)
+    leaves = tuple(structs.replace(leaf, name=own_name(leaf.name, rank)) for leaf in collector.leaves)
+    captured[rank_name("rng", rank)] = Captured(kind=part.kind, leaves=leaves, values=values, aliases={})
+    data.update({own_name(name, rank): tensor for name, tensor in collector.data.items()})
 
 
 def _documented(name: str, kind: str, document: Document) -> Captured:

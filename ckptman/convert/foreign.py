@@ -63,6 +63,7 @@ class Foreign:
         parts: Component name → component.
         step: As the format says; None where it does not.
         left_out: What was not imported, one sentence each.
+        other_streams: The random streams of ranks 1, 2, …; those of rank 0 are the part ``rng``.
         missing: What is always written beside what is there, and is not there: the checkpoint is incomplete.
     """
 
@@ -70,6 +71,7 @@ class Foreign:
     parts: Mapping[str, Part]
     step: int | None = None
     left_out: tuple[str, ...] = field(default=())
+    other_streams: tuple[Part, ...] = field(default=())
     missing: tuple[str, ...] = field(default=())
 
 

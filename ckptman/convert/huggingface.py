@@ -18,7 +18,7 @@ from ckptman.convert.files import Files
 from ckptman.convert.foreign import Foreign, ForeignTensor, Part, guessed, module
 from ckptman.convert.placing import new_file, new_folder, placed
 from ckptman.convert.stored import StoredCheckpoint, StoredTensor
-from ckptman.convert.streams import streams
+from ckptman.convert.streams import by_rank, streams_of
 from ckptman.errors import FormatError, UnsupportedState
 
 TRAINER_STATE = "trainer_state.json"
@@ -57,29 +57,27 @@ def read(path: Path, files: Files) -> Foreign:
             taken.add(name)
             tree = torch_file.load(files.open(path / name).whole())
             parts[component] = Part("stateful", tree)
-    left_out = list(_streams(path, names, files, parts, taken))
+    ranks, missing = _streams(names)
+    taken.update(ranks)
+    streams = streams_of({path / name: torch_file.load(files.open(path / name).whole()) for name in ranks})
+    if streams and not missing:
+        parts["rng"] = streams[0]
     step = _trainer_state(path, names, files, parts, taken)
     configs = {name: read_json(path / name, files) for name in _CONFIGS if name in names}
     if configs:
         parts[CONFIG] = Part("container", configs)
-    left_out += [_left_out(name) for name in names if name not in taken and name not in configs]
+    left_out = [_left_out(name) for name in names if name not in taken and name not in configs]
     return Foreign(
         format="a directory of Hugging Face",
         parts=parts,
         step=step,
         left_out=tuple(left_out),
-        missing=() if step is None else tuple(_missing(names)),
+        other_streams=streams[1:] if not missing else (),
+        # what the Trainer writes with every checkpoint, unless it was told to save the weights only
+        missing=()
+        if step is None
+        else (*(name for name in ("optimizer.pt", "scheduler.pt") if name not in names), *missing),
     )
-
-
-def _missing(names: list[str]) -> Iterator[str]:
-    """What the Trainer writes with every checkpoint, unless it was told to save the weights only."""
-    yield from (name for name in ("optimizer.pt", "scheduler.pt") if name not in names)
-    count = sum(1 for name in names if _RANK_STREAMS.fullmatch(name))
-    if "rng_state.pth" not in names:
-        yield from (name for name in (f"rng_state_{rank}.pth" for rank in range(count)) if name not in names)
-        if not count:
-            yield "rng_state.pth"
 
 
 def _left_out(name: str) -> str:
@@ -117,19 +115,11 @@ _WEIGHTS: dict[str, tuple[str, Callable[[Path, Files], Tensors]]] = {
 }
 
 
-def _streams(path: Path, names: list[str], files: Files, parts: dict[str, Part], taken: set[str]) -> Iterator[str]:
-    """Add the random streams; say what cannot be used of them."""
+def _streams(names: list[str]) -> tuple[list[str], list[str]]:
+    """The files of random streams by rank; and those that are missing among them."""
     if "rng_state.pth" in names:
-        taken.add("rng_state.pth")
-        tree = torch_file.load(files.open(path / "rng_state.pth").whole())
-        part = streams(tree)
-        if part is None:
-            raise FormatError(f"{path / 'rng_state.pth'} does not hold random streams as the Trainer saves them")
-        parts["rng"] = part
-    ranks = [name for name in names if _RANK_STREAMS.fullmatch(name)]
-    if ranks:
-        taken.update(ranks)
-        yield f"{', '.join(ranks)}: random streams of {len(ranks)} processes, which an import by one cannot give back"
+        return ["rng_state.pth"], []
+    return by_rank("rng_state_{}.pth", names) if any(map(_RANK_STREAMS.fullmatch, names)) else ([], ["rng_state.pth"])
 
 
 def _trainer_state(path: Path, names: list[str], files: Files, parts: dict[str, Part], taken: set[str]) -> int | None:

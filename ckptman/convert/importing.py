@@ -104,7 +104,16 @@ def import_checkpoint(
         check_state(dict.fromkeys(found.parts), rng=False)
         taken = capturing.take(found)
         _refuse_existing(storage, number)
-        checkpoint = _save(storage, number, taken, files, lock_timeout, progress)
+        job = Job(
+            step=number,
+            created_at=utc_now(),
+            metrics={},
+            tags=(),
+            preempted=False,
+            keep=keep.everything,
+            world_size=1 + len(found.other_streams),
+        )
+        checkpoint = _save(storage, job.having(taken.captured), taken, files, lock_timeout, progress)
     return Imported(
         checkpoint=checkpoint,
         format=found.format,
@@ -182,7 +191,7 @@ def _refuse_existing(storage: Storage, step: int) -> None:
 
 def _save(
     storage: Storage,
-    step: int,
+    job: Job,
     taken: capturing.Taken,
     files: Files,
     lock_timeout_s: float,
@@ -191,18 +200,10 @@ def _save(
     owner = take(storage, timeout_s=lock_timeout_s)
     with ExitStack() as stack:
         stack.callback(owner.release)
-        if any(entry.step == step for entry in owner.newest.checkpoints):
-            raise SaveFailed(f"{storage.url} got a step {step} meanwhile: nothing was imported", step=step)
+        if any(entry.step == job.step for entry in owner.newest.checkpoints):
+            raise SaveFailed(f"{storage.url} got a step {job.step} meanwhile: nothing was imported", step=job.step)
         arena = capturing.arena()
         planned = capturing.plan(taken.captured)
-        job = Job(
-            step=step,
-            created_at=utc_now(),
-            metrics={},
-            tags=(),
-            preempted=False,
-            keep=keep.everything,
-        ).having(taken.captured)
         source = Source(
             [file for file, _ in planned],
             Borrowed(),

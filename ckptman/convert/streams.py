@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +15,29 @@ _TORCH = ("torch", "cpu", "torch_manual_seed")
 _NUMPY = ("numpy", "numpy_random_seed")
 _PYTHON = ("python", "random_state")
 _DEVICES = {"cuda": ("cuda", "torch_cuda_manual_seed"), "xpu": ("xpu", "torch_xpu_manual_seed"), "mps": ("mps",)}
+
+
+def by_rank(pattern: str, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """
+    Of the *names*, those of the files of ranks 0, 1, … (*pattern* has ``{}`` for the rank); and which are missing.
+
+    That the last ones are missing cannot be seen.
+    """
+    before, after = pattern.split("{}")
+    numbers = [name[len(before) : len(name) - len(after)] for name in names if name.startswith(before)]
+    last = max((int(number) for number in numbers if number.isdecimal() and len(number) < 6), default=0)
+    wanted = [pattern.format(rank) for rank in range(last + 1)]
+    known = set(names)
+    return [name for name in wanted if name in known], [name for name in wanted if name not in known]
+
+
+def streams_of(trees: Mapping[Path, object]) -> tuple[Part, ...]:
+    """The random streams that a trainer wrote, one file for each rank: its path → what is in it. Raises FormatError."""
+    parts = {path: streams(tree) for path, tree in trees.items()}
+    odd = next((path for path, part in parts.items() if part is None), None)
+    if odd is not None:
+        raise FormatError(f"{odd} does not hold random streams as the Trainer or accelerate saves them")
+    return tuple(part for part in parts.values() if part is not None)
 
 
 def streams(tree: Any) -> Part | None:

@@ -57,6 +57,7 @@ class Job:
     tags: tuple[str, ...]
     preempted: bool
     keep: Keep
+    world_size: int = 1
     captured: Mapping[str, Captured] = field(default_factory=dict)
 
     def having(self, captured: Mapping[str, Captured]) -> Job:
@@ -126,14 +127,14 @@ def _write_attempt(owner: Ownership, job: Job, source: Source, attempt: str) -> 
 def manifest_of(
     owner: Ownership, job: Job, attempt: str, *, after: int, files: Sequence[File], tensors: Sequence[Tensor]
 ) -> Manifest:
-    """The manifest of a save by one process."""
+    """The manifest of a save by one process, be it for many (an import)."""
     return Manifest(
         root=owner.root,
         step=job.step,
         attempt=attempt,
         after=after,
         created_at=job.created_at,
-        world_size=1,
+        world_size=job.world_size,
         metrics=job.metrics,
         preempted=job.preempted,
         components={

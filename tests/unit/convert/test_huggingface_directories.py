@@ -14,6 +14,9 @@ from foreign_states import assert_same
 from ckptman import CheckpointManager
 from ckptman.convert import export_checkpoint, import_checkpoint
 from ckptman.errors import FormatError, StorageError, UnsupportedState
+from ckptman.repository.repository import Repository
+from ckptman.repository.verify import verify
+from ckptman.storage.local import LocalStorage
 
 transformers = pytest.importorskip("transformers")
 
@@ -252,11 +255,25 @@ def test_a_step_that_contradicts_the_name_is_refused(folder: Path) -> None:
         import_checkpoint(folder.parent / "root", moved)
 
 
-def test_streams_of_many_processes_are_left_out_aloud(folder: Path) -> None:
-    """One process cannot give them back, and says so."""
-    for rank in range(2):
-        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
+def test_each_process_gets_its_own_streams_back(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Two files, two ranks: each continues from its own; a single process is seeded anew, and that is said."""
+    states = [torch.load(folder / "rng_state.pth", weights_only=False) for _ in range(2)]
+    states[1]["cpu"] = torch.Generator().manual_seed(77).get_state()
+    for rank, state in enumerate(states):
+        torch.save(state, folder / f"rng_state_{rank}.pth")
     (folder / "rng_state.pth").unlink()
-    imported = import_checkpoint(folder.parent / "root", folder)
-    assert "rng" not in imported.kinds
-    assert "random streams of 2 processes" in imported.left_out[0]
+    root = folder.parent / "root"
+    imported = import_checkpoint(root, folder)
+    assert imported.kinds["rng"] == "rng"
+    assert imported.checkpoint.world_size == 2
+    assert not any("rng" in sentence for sentence in imported.left_out)
+    repository = Repository(LocalStorage(root))
+    entry = repository.entries()[-1]
+    assert verify(repository, entry) == []
+    manifest = repository.manifest(entry)
+    tensors = {tensor.name: tensor for tensor in manifest.tensors}
+    key = lambda rank: tensors["rng/torch" if not rank else "rng.rank-00001/torch"].chunks[0].digests
+    assert key(0) != key(1)
+    with CheckpointManager(root, {}) as manager:
+        manager.restore(only=["rng"])
+    assert any("2 ranks saved it, 1 restore it" in str(one.message) for one in recwarn)
