@@ -118,7 +118,7 @@ def timed(work: Callable[..., Made], *given: object) -> tuple[Made, float]:
 
 def plan(tensors: int, world_size: int) -> float:
     """CPU seconds from what all tell to what each is told."""
-    part = sharing._Part("model", "module", "", "", "")
+    part = sharing._Part("model", "module", "", {}, {})
     openings = [sharing._Opening(1000, "", "", [part])] * world_size
     told = [
         msgspec.msgpack.encode(sharing._Details(held_by(rank, world_size, tensors), [""] * tensors))

@@ -15,7 +15,8 @@ class Scale:
         tensors: How many small ones there are in "many".
         checkpoints: How many the catalog lists.
         commits: How often an empty state is committed.
-        save_every_s, saves: Of the training loop: length of an interval, and pairs of them, with a save and without.
+        save_every_s, block_s: Of the training loop: time between two saves, and how long it trains, with a save and
+            without one, to find out what a save costs.
         later_saves: Whose stalls are measured after the first one, in one process.
         pause_s: Before each timed block, after ``sync``.
         repetitions: Of every question that does not say otherwise.
@@ -30,7 +31,7 @@ class Scale:
     checkpoints: int
     commits: int
     save_every_s: float
-    saves: int
+    block_s: float
     later_saves: int
     pause_s: float
     repetitions: int
@@ -46,7 +47,7 @@ FULL = Scale(
     checkpoints=10_000,
     commits=30,
     save_every_s=60,
-    saves=2,
+    block_s=18,
     later_saves=3,
     pause_s=1.0,
     repetitions=5,
@@ -61,7 +62,7 @@ QUICK = Scale(
     checkpoints=10_000,
     commits=10,
     save_every_s=1.5,
-    saves=3,
+    block_s=3,
     later_saves=2,
     pause_s=0.05,
     repetitions=3,
@@ -76,7 +77,7 @@ TINY = Scale(
     checkpoints=30,
     commits=2,
     save_every_s=0.1,
-    saves=1,
+    block_s=0.1,
     later_saves=1,
     pause_s=0,
     repetitions=1,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from azurite import serve_azure
+from google_server import serve_google
 from s3_server import S3Server, serve
 
 
@@ -46,4 +47,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 def azure_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an Azurite with one container, ``bucket``; it ends with the tests."""
     with serve_azure(tmp_path_factory.mktemp("azurite")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def google_port() -> Iterator[int]:
+    """The port of an emulator of Google's store with one bucket, ``bucket``; it ends with the tests."""
+    with serve_google() as port:
         yield port

@@ -29,9 +29,13 @@ from ckptman.storage.retry import Retry
 ACCESS = "ckptman-canary-access"
 SECRET = "ckptman-canary-secret"
 BUCKET = "bucket"
-Fault = Literal["503", "429", "cut", "timeout"]
+Fault = Literal["503", "429", "403", "cut", "timeout", "short"]
 When = Literal["before", "after"]
-FAULTS: tuple[tuple[Fault, When], ...] = tuple(itertools.product(get_args(Fault), get_args(When)))
+FAULTS: tuple[tuple[Fault, When], ...] = (
+    *itertools.product(("503", "429", "cut", "timeout"), get_args(When)),
+    ("short", "after"),
+)
+"""What passes when it is asked again; ``short`` is an answer that ends before its ``Content-Length``."""
 
 
 def options(port: int, **more: object) -> dict[str, object]:
@@ -213,17 +217,21 @@ class _Handler(BaseHTTPRequestHandler):
         fault, when = None, self.proxy.when
         if self.proxy.count(f"{self.command} {self.path}"):
             fault = self.proxy.fault
-        if fault is None or when == "after":
+        if fault is None or fault == "short" or when == "after":
             found, data = self.ask(body)
         if fault is None:
             self.answer(found.status, dict(found.getheaders()), data)
-        elif fault == "cut":
+        elif fault == "cut" or (fault == "short" and not data):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
         elif fault == "timeout":
             self.connection.settimeout(30)
             self.rfile.read(1)  # until the client gives up
             self.close_connection = True
+        elif fault == "short":
+            self.answer(found.status, dict(found.getheaders()), data, nbytes=len(data) // 2)
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
         else:
             self.answer(int(fault), {}, b"")
 
@@ -239,14 +247,14 @@ class _Handler(BaseHTTPRequestHandler):
         found = server.getresponse()
         return found, found.read()
 
-    def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+    def answer(self, status: int, headers: dict[str, str], data: bytes, *, nbytes: int | None = None) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "transfer-encoding", "connection"):
                 self.send_header(name, value)
         length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
         self.send_header("Content-Length", length)
-        self._headers_buffer += [b"\r\n", b"" if self.command == "HEAD" else data]
+        self._headers_buffer += [b"\r\n", b"" if self.command == "HEAD" else data[:nbytes]]
         self.flush_headers()
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = pass_on

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.harness import Question
-from benchmarks.questions import catalog, commit, durable, frozen, loop, many, memory, remote, restore, stall
+from benchmarks.questions import catalog, commit, copy, durable, frozen, loop, many, memory, remote, restore, stall
 
 QUESTIONS: dict[str, Question] = {
     question.name: question
@@ -17,6 +17,7 @@ QUESTIONS: dict[str, Question] = {
         catalog.QUESTION,
         commit.QUESTION,
         loop.QUESTION,
+        copy.QUESTION,
         remote.QUESTION,
     )
 }

@@ -14,7 +14,7 @@ from ckptman.cli._progress import Advance, progress_bar
 from ckptman.cli._render import count, note, print_json, print_text, size, steps_named
 from ckptman.errors import CheckpointNotFound, IntegrityError
 from ckptman.format.catalog import Entry
-from ckptman.repository.copying import Copying, begin
+from ckptman.pipeline.copying import Copying, begin
 from ckptman.repository.counterparts import counterpart, in_the_way, missing
 from ckptman.repository.repository import Repository, find
 from ckptman.storage.base import Storage

@@ -23,10 +23,20 @@ from ckptman.storage.base import Storage
 @click.option(
     "--as", "kinds", metavar="NAME=KIND", multiple=True, help="What component NAME is: module, stateful, container, …"
 )
+@click.option(
+    "--partial", is_flag=True, help="Import a directory that lacks its optimizer, schedule or random streams."
+)
 @lock_timeout_option
 @json_option
 def import_(
-    storage: Storage, source: Path, *, step: int | None, kinds: tuple[str, ...], lock_timeout_s: float, as_json: bool
+    storage: Storage,
+    source: Path,
+    *,
+    step: int | None,
+    kinds: tuple[str, ...],
+    partial: bool,
+    lock_timeout_s: float,
+    as_json: bool,
 ) -> None:
     """
     Import SRC into ROOT: a file of torch.save or Lightning, safetensors, or a directory of Hugging Face, accelerate or
@@ -37,7 +47,13 @@ def import_(
     try:
         with progress_of_all(is_shown=not as_json) as tell:
             found = import_checkpoint(
-                storage, source, step=step, kinds=_pairs(kinds), lock_timeout=lock_timeout_s, progress=tell
+                storage,
+                source,
+                step=step,
+                kinds=_pairs(kinds),
+                partial=partial,
+                lock_timeout=lock_timeout_s,
+                progress=tell,
             )
     except ValueError as error:
         if isinstance(error, CkptmanError):

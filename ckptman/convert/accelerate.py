@@ -55,13 +55,16 @@ def read(path: Path, files: Files) -> Foreign:
             left_out.append(f"{name}: nothing that is restored")
     if "model" not in parts:
         raise FormatError(f"{path} is incomplete: it has no weights (model.safetensors, an index of them, …)")
+    missing = [f"{kind}.bin" for kind in ("optimizer", "scheduler") if f"{kind}-1" in parts and kind not in parts]
+    if not ranks:
+        missing.append("random_states_0.pkl")
     if len(ranks) == 1:
         parts["rng"] = _streams(path / ranks[0], files)
     elif ranks:
         left_out.append(
             f"{', '.join(ranks)}: random streams of {len(ranks)} processes, which an import by one cannot give back"
         )
-    return Foreign(format="a directory of accelerate", parts=parts, left_out=tuple(left_out))
+    return Foreign(format="a directory of accelerate", parts=parts, left_out=tuple(left_out), missing=tuple(missing))
 
 
 def _part(component: str, path: Path, files: Files) -> Part:

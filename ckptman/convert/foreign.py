@@ -63,12 +63,14 @@ class Foreign:
         parts: Component name → component.
         step: As the format says; None where it does not.
         left_out: What was not imported, one sentence each.
+        missing: What is always written beside what is there, and is not there: the checkpoint is incomplete.
     """
 
     format: str
     parts: Mapping[str, Part]
     step: int | None = None
     left_out: tuple[str, ...] = field(default=())
+    missing: tuple[str, ...] = field(default=())
 
 
 def module(entries: Mapping[str, object]) -> Part:

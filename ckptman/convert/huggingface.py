@@ -63,7 +63,23 @@ def read(path: Path, files: Files) -> Foreign:
     if configs:
         parts[CONFIG] = Part("container", configs)
     left_out += [_left_out(name) for name in names if name not in taken and name not in configs]
-    return Foreign(format="a directory of Hugging Face", parts=parts, step=step, left_out=tuple(left_out))
+    return Foreign(
+        format="a directory of Hugging Face",
+        parts=parts,
+        step=step,
+        left_out=tuple(left_out),
+        missing=() if step is None else tuple(_missing(names)),
+    )
+
+
+def _missing(names: list[str]) -> Iterator[str]:
+    """What the Trainer writes with every checkpoint, unless it was told to save the weights only."""
+    yield from (name for name in ("optimizer.pt", "scheduler.pt") if name not in names)
+    count = sum(1 for name in names if _RANK_STREAMS.fullmatch(name))
+    if "rng_state.pth" not in names:
+        yield from (name for name in (f"rng_state_{rank}.pth" for rank in range(count)) if name not in names)
+        if not count:
+            yield "rng_state.pth"
 
 
 def _left_out(name: str) -> str:

@@ -62,6 +62,7 @@ def import_checkpoint(
     *,
     step: int | None = None,
     kinds: Mapping[str, str] | None = None,
+    partial: bool = False,
     lock_timeout: float = 60.0,
     storage_options: Mapping[str, object] | None = None,
     progress: Progress | None = None,
@@ -82,20 +83,22 @@ def import_checkpoint(
         step: The step that it becomes; None: what the source says.
         kinds: Component name → ``module``, ``optimizer``, ``stateful``, ``container``, ``value`` or ``tensor``, where
             the guess would be wrong.
+        partial: Import a directory of Hugging Face or accelerate from which something is missing that is written with
+            every checkpoint (optimizer, schedule, random streams); ``left_out`` says what.
         lock_timeout: Seconds to wait for another writer to go away.
         storage_options: For the driver of *root*'s URL, as for `CheckpointManager`.
         progress: Called in between with how many bytes are done, and of how many.
 
     Raises:
         UnsupportedState: It would have to be unpickled; the message names the global. The root is untouched.
-        FormatError: It is damaged, incomplete or unknown. The root is untouched.
+        FormatError: It is damaged, incomplete (see *partial*) or unknown. The root is untouched.
         ValueError: The source does not say its step and none is given, the root has that step already, a component
             cannot be called so, or has none of the *kinds*.
         SaveFailed, LockTimeout, Fenced, CommitUnknown: As `CheckpointManager.save`. Nothing was imported.
     """
     storage = open_storage(root, storage_options=storage_options)
     with Files() as files:
-        found = read(Path(source), files)
+        found = _whole(read(Path(source), files), source, partial=partial)
         found = replace(found, parts=optimizers.with_names(_rekinded(found, kinds or {})))
         number = _step(found, step, source)
         check_state(dict.fromkeys(found.parts), rng=False)
@@ -144,6 +147,18 @@ _DIRECTORIES: tuple[tuple[Callable[[Path], bool], Reader], ...] = (
     (accelerate.is_directory_of, accelerate.read),
     (huggingface.is_directory_of, huggingface.read),
 )
+
+
+def _whole(found: Foreign, source: object, *, partial: bool) -> Foreign:
+    """*found*, if nothing is missing, or that was agreed to. Raises FormatError."""
+    if not found.missing:
+        return found
+    if not partial:
+        raise FormatError(
+            f"{source} is incomplete: {', '.join(found.missing)} missing. A run cannot go on exactly from what is "
+            "there; to import that nevertheless, say --partial (partial=True)"
+        )
+    return replace(found, left_out=(*found.left_out, *(f"{name}: missing in the source" for name in found.missing)))
 
 
 def _rekinded(found: Foreign, kinds: Mapping[str, str]) -> dict[str, Part]:

@@ -112,12 +112,6 @@ class Tensor(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
             return self.chunks.files()
         return list(dict.fromkeys(chunk.file for chunk in self.chunks))
 
-    def nbytes_in(self, files: Collection[int]) -> int:
-        """Bytes of the chunks that lie in *files*."""
-        if isinstance(self.chunks, ManyChunks):
-            return self.chunks.nbytes_in(files)
-        return sum(chunk.nbytes for chunk in self.chunks if chunk.file in files)
-
 
 class Component(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """``kind`` says how the component was captured, ``values`` is its typed JSON (format/values.py)."""
@@ -159,18 +153,26 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, borrowed ones included."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return _nbytes_in(self.tensors, range(len(self.files)))  # their chunks have all of them
 
     @property
     def new_nbytes(self) -> int:
         """Bytes of the chunks in this attempt's own files."""
         own = {index for index, file in enumerate(self.files) if file.path.startswith(f"{self.attempt}/")}
-        return sum(tensor.nbytes_in(own) for tensor in self.tensors)
+        return self.nbytes if len(own) == len(self.files) else _nbytes_in(self.tensors, own)
 
     @property
     def borrows(self) -> tuple[str, ...]:
         """The keys of files that belong to other attempts."""
         return tuple(sorted(file.path for file in self.files if not file.path.startswith(f"{self.attempt}/")))
+
+
+def _nbytes_in(tensors: Sequence[Tensor], files: Collection[int]) -> int:
+    """Bytes of the chunks of *tensors* that lie in *files*."""
+    many = [tensor.chunks for tensor in tensors if isinstance(tensor.chunks, ManyChunks)]
+    few = [tensor.chunks for tensor in tensors if not isinstance(tensor.chunks, ManyChunks)]
+    listed = [chunk.nbytes for chunks in few for chunk in chunks if chunk.file in files]
+    return sum(listed) + sum(chunks.nbytes_in(files) for chunks in many)
 
 
 def write_manifest(manifest: Manifest) -> bytes:
@@ -214,7 +216,7 @@ def _checked(manifest: Manifest, what: str) -> Manifest:
         _check_unique("file", [file.path.lower() for file in manifest.files])
         _check_unique("component", [name.lower() for name in manifest.components])
         known: set[str] = set()  # what tensors belong to
-        for tensor in manifest.tensors:
+        for tensor in _unusual(manifest):
             _check_tensor(tensor, manifest, known)
         manifest = _expanded(manifest, known)
         names = _check_unique("tensor", [tensor.name for tensor in manifest.tensors])
@@ -278,6 +280,31 @@ def _check_kind(tensor: Tensor | ShardedTensor, manifest: Manifest, known: set[s
         raise FormatError(f"tensor {tensor.name!r} has the unknown dtype {tensor.dtype!r}")
     if len(tensor.shape) > MAX_NDIM:
         raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
+
+
+def _unusual(manifest: Manifest) -> Iterator[Tensor]:
+    """
+    The tensors of which `_check_tensor` is to be asked: all but those that are whole, in one piece where it may be, and
+    of a dtype and shape that came before. Of very many, these are nearly all.
+    """
+    spans = [(8 + file.header_nbytes, file.nbytes) for file in manifest.files]
+    sizes: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}  # bytes and blocks of a dtype and shape
+    for tensor in manifest.tensors:
+        component, _, rest = tensor.name.partition("/")
+        kind = tensor.dtype, tensor.shape
+        if kind in sizes and len(tensor.chunks) == 1 and rest and component in manifest.components:
+            (chunk,) = tensor.chunks
+            start, stop = spans[chunk.file] if chunk.file < len(spans) else (0, 0)
+            if (
+                chunk.offset is None
+                and chunk.shape is None
+                and (chunk.nbytes, len(chunk.digests)) == sizes[kind]
+                and start <= chunk.start <= stop - chunk.nbytes
+            ):
+                continue
+        yield tensor
+        nbytes = tensor.nbytes  # of a dtype that is known: else whoever was given the tensor has raised
+        sizes[kind] = nbytes, -(-nbytes // manifest.block_nbytes)
 
 
 def _check_tensor(tensor: Tensor, manifest: Manifest, known: set[str]) -> None:

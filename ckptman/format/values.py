@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -38,13 +38,14 @@ from ckptman.format.values_reading import MAX_DEPTH, from_json
 __all__ = ["ArrayRef", "Marker", "TensorRef", "TorchDevice", "TorchDtype", "TorchSize", "from_json", "to_json"]
 
 Extract = Callable[[object, str], Marker | None]
+ExtractAll = Callable[[dict[str, object], str], Sequence[str] | None]
 
 
 def _nothing(value: object, path: str) -> None:
     """Extract nothing: the default."""
 
 
-def to_json(value: object, path: str, extract: Extract = _nothing) -> bytes:
+def to_json(value: object, path: str, extract: Extract = _nothing, *, extract_all: ExtractAll = _nothing) -> bytes:
     """
     Encode *value* as typed JSON; `from_json` gives it back.
 
@@ -56,13 +57,15 @@ def to_json(value: object, path: str, extract: Extract = _nothing) -> bytes:
         path: Where *value* is, such as ``loader``; the prefix of every path in messages and for *extract*,
             which read like Python: ``loader.sampler['rng'][3]``. Elements of a set have no index: ``loader{…}``.
         extract: Called with an object and its path.
+        extract_all: Called before with a whole dict whose keys are plain text, and its path. If all of its values are
+            tensors it may take them out at once, and return their names; or None, and they are extracted one by one.
 
     Raises:
         UnsupportedState: Something in *value* is outside of the closed set, nested more than 200 deep, or contains
             itself. Its ``path`` says where.
     """
     try:
-        return msgspec.json.encode(_Writing(extract).tree(value, path, 1))
+        return msgspec.json.encode(_Writing(extract, extract_all).tree(value, path, 1))
     except RecursionError as error:
         raise _too_deep(path) from error
 
@@ -70,10 +73,11 @@ def to_json(value: object, path: str, extract: Extract = _nothing) -> bytes:
 class _Writing:
     """One walk over a value: turns it into a tree of what JSON can say."""
 
-    __slots__ = ("_extract",)
+    __slots__ = ("_extract", "_extract_all")
 
-    def __init__(self, extract: Extract) -> None:
+    def __init__(self, extract: Extract, extract_all: ExtractAll) -> None:
         self._extract = extract
+        self._extract_all = extract_all
 
     def tree(self, value: object, path: str, depth: int) -> object:
         """*value* as a tree; *depth* counts the containers around it, itself included if it is one."""
@@ -100,6 +104,9 @@ class _Writing:
     def dict(self, values: dict[object, object], path: str, depth: int) -> object:
         tree = self.tree
         if "$" not in values and _are_plain_texts(values):
+            names = self._extract_all(cast("dict[str, object]", values), path)
+            if names is not None:
+                return dict(zip(values, map(_tensor_tree, names), strict=True))
             return {key: tree(value, f"{path}[{key!r}]", depth) for key, value in values.items()}
         return {"$": "dict", "v": self.pairs(values, path, depth)}
 
@@ -185,15 +192,18 @@ _CONTAINERS: dict[type, Callable[..., object]] = {
 
 
 def _marker_tree(marker: Marker) -> object:
-    if type(marker) is TensorRef and marker.name.isascii():  # the short way for what there may be very many of
-        return {"$": "tensor", "v": marker.name}
+    if type(marker) is TensorRef:
+        return _tensor_tree(marker.name)
     if isinstance(marker, TorchSize):
         return {"$": "torch.Size", "v": [_int(size) for size in marker.sizes]}
     return {"$": _MARKER_TAGS[type(marker)], "v": _str(marker.name)}
 
 
+def _tensor_tree(name: str) -> object:
+    return {"$": "tensor", "v": name if name.isascii() else _str(name)}  # the short way for what there is most of
+
+
 _MARKER_TAGS: dict[type, str] = {
-    TensorRef: "tensor",
     ArrayRef: "array",
     TorchDtype: "torch.dtype",
     TorchDevice: "torch.device",

@@ -79,6 +79,7 @@ class Arena:
         self._at_once = at_once
         self._changed = threading.Condition()  # guards all below
         self._free: list[Slot] = []
+        self._lost: set[Slot] = set()  # in the hands of threads that nobody waits for any more
         self._held = 0  # slots, those that a thread is just touching included
         self._ceiling: int | None = None  # set once the system refused memory
         self._prefaulting: threading.Thread | None = None
@@ -136,8 +137,24 @@ class Arena:
         """Let others take *slot*, once nothing is on its way to it."""
         slot.wait()
         with self._changed:
+            if slot in self._lost:
+                self._lost.remove(slot)
+                return
             self._free.append(slot)
             self._changed.notify_all()
+
+    def lose(self, slot: Slot) -> None:
+        """
+        Count *slot* out: it is with a thread that may never give it back, and nobody else ever gets it.
+
+        Others may take a fresh one in its place. If it is given back after all, its memory is freed; if it already was,
+        nothing is lost.
+        """
+        with self._changed:
+            if slot not in self._free:
+                self._lost.add(slot)
+                self._held -= 1
+                self._changed.notify_all()
 
     def prefault(self, nbytes: int) -> None:
         """Take and touch memory for *nbytes* in the background, as far as the budget allows. Returns at once."""

@@ -18,9 +18,10 @@ Borrowing: a tensor that is as it was in an earlier checkpoint is pointed at, no
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import torch
@@ -69,18 +70,43 @@ class Borrowed:
         return [_moved(tensor, lambda file: file + count) for tensor in self.tensors]
 
 
-@dataclass(slots=True)
 class _Lender:
     """
     A checkpoint whose bytes are known to be right, and what was found out about its tensors.
 
-    Each of ``tensors`` is a chunk: a tensor as if it had no other.
+    Attributes:
+        manifest: Of the checkpoint.
+        listed: Those of its tensors that may be lent.
+        steady: What was equal in the last two checkpoints.
+        lively: What was expected unchanged once, and had changed.
     """
 
-    manifest: Manifest
-    tensors: _ByChunk
-    steady: set[Key] = field(default_factory=set)  # equal in the last two checkpoints
-    lively: set[Key] = field(default_factory=set)  # expected unchanged once, and had changed
+    def __init__(self, manifest: Manifest, listed: Sequence[Tensor]) -> None:
+        self.manifest = manifest
+        self.listed = listed
+        self.steady: set[Key] = set()
+        self.lively: set[Key] = set()
+
+    @functools.cached_property
+    def tensors(self) -> _ByChunk:
+        """Each is a chunk: a tensor as if it had no other."""
+        return _ByChunk(self.listed)
+
+    def enough_of(self, file: int) -> float:
+        """How many bytes of it must be borrowed for any to be."""
+        known = self.manifest.files[file]
+        return max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (known.nbytes - known.header_nbytes))
+
+    def may_lend(self) -> bool:
+        """Whether there is a file of which enough may be unchanged. Asked before anything is asked of each tensor."""
+        left = [0] * len(self.manifest.files)
+        for tensor in self.listed:
+            if isinstance(tensor.chunks, ManyChunks):
+                return True  # too many to ask
+            for chunk in tensor.chunks:
+                if (tensor.name, chunk.offset) not in self.lively:
+                    left[chunk.file] += chunk.nbytes
+        return any(nbytes >= self.enough_of(file) for file, nbytes in enumerate(left))
 
 
 class Borrowing:
@@ -93,18 +119,16 @@ class Borrowing:
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
         before = self._lender
-        tensors = _ByChunk(manifest.tensors)
-        lender = _Lender(manifest, tensors)
+        lender = _Lender(manifest, manifest.tensors)
         if before is not None:
-            old = before.tensors
-            lender.steady = {key for key, new in tensors.known.items() if key in old and _same_bytes(old[key], new)}
+            lender.steady = _steady(before.listed, lender.listed)
             lender.lively = before.lively - lender.steady
         self._lender = lender
 
     @no_search_for_cycles()
     def restored(self, manifest: Manifest, names: Collection[str]) -> None:
         """The tensors *names* of *manifest* were read, and every byte of them was right."""
-        self._lender = _Lender(manifest, _ByChunk(tensor for tensor in manifest.tensors if tensor.name in names))
+        self._lender = _Lender(manifest, [tensor for tensor in manifest.tensors if tensor.name in names])
 
     def find(
         self, captured: Mapping[str, Captured], *, trained: Collection[int], attempts: Collection[str]
@@ -120,10 +144,17 @@ class Borrowing:
         lender = self._lender
         if lender is None or lender.manifest.attempt not in attempts:
             return Borrowed()
-        expected = [
-            (leaf, stored)
+        leaves = [
+            leaf
             for part in captured.values()
             for leaf in part.leaves
+            if leaf.tensor.data_ptr() not in trained or key_of(leaf) in lender.steady
+        ]
+        if sum(leaf.tensor.nbytes for leaf in leaves) < WORTHWHILE_NBYTES or not lender.may_lend():
+            return Borrowed()
+        expected = [
+            (leaf, stored)
+            for leaf in leaves
             if (stored := _expected(leaf, lender, trained)) is not None and _agrees(leaf, stored)
         ]
         return _borrow(lender, _unchanged(expected, lender))
@@ -206,9 +237,7 @@ def _unchanged(expected: Iterable[_Pair], lender: _Lender) -> list[Tensor]:
 
 def _unchanged_of_file(index: int, expected: list[_Pair], lender: _Lender) -> list[Tensor]:
     """Nothing, as soon as so much has changed that the file is not worth it: the rest is not hashed."""
-    file = lender.manifest.files[index]
-    enough = max(WORTHWHILE_NBYTES, WORTHWHILE_SHARE * (file.nbytes - file.header_nbytes))
-    to_spare = sum(tensor.chunks[0].nbytes for _, tensor in expected) - enough
+    to_spare = sum(tensor.chunks[0].nbytes for _, tensor in expected) - lender.enough_of(index)
     unchanged = []
     for leaf, tensor in expected:
         if to_spare < 0:
@@ -237,6 +266,17 @@ def _is_unchanged(tensor: torch.Tensor, stored: Tensor, block_nbytes: int) -> bo
         block_digest(data[start:stop]) == digest
         for digest, (start, stop) in zip(digests, blocks(len(data), block_nbytes), strict=True)
     )
+
+
+def _steady(old: Sequence[Tensor], new: Sequence[Tensor]) -> set[Key]:
+    """Those chunks of *new* that are in *old* with the same bytes."""
+    names = [tensor.name for tensor in new]
+    if [tensor.name for tensor in old] == names and {len(tensor.chunks) for tensor in (*old, *new)} <= {1}:
+        pairs = zip(old, new, strict=True)  # as most saves are: then no table of them is needed
+        equal = [(one, other) for one, other in pairs if one.chunks[0].digests == other.chunks[0].digests]
+        return {_key(other) for one, other in equal if _key(one) == _key(other) and _same_bytes(one, other)}
+    before = _ByChunk(old)
+    return {key for key, tensor in _ByChunk(new).known.items() if key in before and _same_bytes(before[key], tensor)}
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

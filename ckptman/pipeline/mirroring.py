@@ -2,7 +2,7 @@
 The mirror: a second root that gets a copy of every checkpoint, by a thread of its own.
 
 It may lag behind and it may fail; training never waits for it and never fails with it. Copying is that of
-`ckptman.repository.copying`: checked on the way, a commit for each checkpoint, files that were sent are not sent again.
+`ckptman.pipeline.copying`: checked on the way, a commit for each checkpoint, files that were sent are not sent again.
 
 1. The thread begins when this process becomes the writer of the root, and wakes with every commit.
 2. It copies the newest checkpoint that the mirror lacks and would keep, looks again, and so works its way back: after
@@ -26,8 +26,8 @@ from dataclasses import KW_ONLY, dataclass
 from ckptman.errors import CommitUnknown, Fenced, IntegrityError, LockError, redact
 from ckptman.events import Event, Mirrored, MirrorErred
 from ckptman.format.catalog import Entry
+from ckptman.pipeline.copying import Copying, begin
 from ckptman.repository import keep as keep_rules
-from ckptman.repository.copying import Copying, begin
 from ckptman.repository.counterparts import due
 from ckptman.repository.head import read_head
 from ckptman.repository.keep import Keep

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from threading import Event
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,6 +29,9 @@ _CLASSES: dict[str, type[CkptmanError]] = {
     if isinstance(kind, type) and issubclass(kind, CkptmanError) and not issubclass(kind, SystemExit)
 }
 
+
+BREAK_OFF_S = 5.0
+"""How long a rank that is to break off waits for its own storage before it leaves that alone."""
 
 Result = TypeVar("Result")
 
@@ -116,18 +119,23 @@ class Ranks:
             raise _rebuilt(told.failure) from (error if told.failure.rank == self.rank else None)
         return told.value
 
-    def attended(self, work: Callable[[Event], Result]) -> Result:
+    def attended(self, work: Callable[[Event], Result], *, left_alone: Callable[[], None]) -> Result:
         """
         Within the part of `conclude`: do *work*, which may take long, on another thread, and break it off if need be.
 
+        A call of the storage cannot be broken off: an fsync may hang for minutes. Who is to break off waits for it
+        `BREAK_OFF_S`, and leaves the thread alone then. That thread decides nothing: what it returns is never looked
+        at, and it ends as soon as its call does.
+
         Args:
             work: Looks now and then whether the event that it gets is set, and raises `BrokenOff` then.
+            left_alone: Called if *work* still runs when this raises: what it holds must not be used again.
 
         Returns:
-            What *work* returned. Nothing of it runs any more then, nor when this raises.
+            What *work* returned. Nothing of it runs any more then.
 
         Raises:
-            BrokenOff: As *work* raises it, after another rank's part has failed.
+            BrokenOff: Another rank's part has failed.
             RankLost: A rank went away. *work* was broken off.
             BaseException: Whatever else *work* raises.
         """
@@ -135,21 +143,24 @@ class Ranks:
         if not self.are_many:
             return work(stop)
         try:
-            beside = ThreadPoolExecutor(1, thread_name_prefix="ckptman-part")
-            doing = beside.submit(work, stop)
+            doing = _beside(work, stop)
         except RuntimeError:  # the interpreter is about to end, and starts no thread any more
             return work(stop)
         try:
             self._attend(doing, stop)
         finally:
-            stop.set()  # whatever ended it: a lost rank, Ctrl-C
-            beside.shutdown()
+            stop.set()  # whatever ended it: another rank's failure, a lost rank, Ctrl-C
+            if not wait_for([doing], timeout=BREAK_OFF_S).done:
+                left_alone()
+        if not doing.done():
+            raise BrokenOff("another rank failed, and the storage of this one does not answer")
         return doing.result()
 
     def _attend(self, doing: Future[Result], stop: Event) -> None:
+        """Return once *work* is done, or is to be broken off."""
         while not wait_for([doing], timeout=LOOK_S).done:
-            if not stop.is_set() and self._coordinator.attend():
-                stop.set()
+            if self._coordinator.attend():
+                return
 
     def _spread(self, answer: bytes | None) -> bytes:
         try:
@@ -190,6 +201,20 @@ class Ranks:
             message=f"{_sent(text)} (on rank {self.rank} of {self.world_size}, host {socket.gethostname()})",
             facts=facts,
         )
+
+
+def _beside(work: Callable[[Event], Result], stop: Event) -> Future[Result]:
+    """Begin *work* on a thread that does not keep the interpreter from ending. Raises RuntimeError."""
+    doing: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            doing.set_result(work(stop))
+        except BaseException as error:  # noqa: BLE001 - a thread's edge: whoever waits raises it
+            doing.set_exception(error)
+
+    Thread(target=run, name="ckptman-part", daemon=True).start()
+    return doing
 
 
 def _is_simple(value: object) -> bool:

@@ -16,10 +16,11 @@ import torch
 from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
 from ckptman.plan.boxes import Band, slices
 from ckptman.plan.load import Need, needs
-from ckptman.repository.reading import CheckedReader, Part, Piece, blocks_at_once, parts_of, pieces
+from ckptman.repository.ranges import RangedReader
+from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
 from ckptman.state.dtensor import Shard, is_sharded, shards
 from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite, overwrite_part
-from ckptman.storage.base import Storage
+from ckptman.storage.base import Distant, Storage
 
 
 def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tensor], *, threads: int = 1) -> None:
@@ -28,9 +29,9 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
 
     Of a DTensor only what this process holds of it is read: the blocks that have bytes of it. Bytes go straight into a
     target that is row-major host memory; anything else takes a host copy of one block, one at a time (of one chunk,
-    where blocks cut elements). So at most 8 MiB are taken for each of *threads*. A block is checked after it lies in a
-    straight target: if this raises, some targets hold new or damaged data. Once it has returned or raised nothing is
-    read any more.
+    where blocks cut elements). So at most 8 MiB are taken for each of *threads*, or 16 where the storage is distant.
+    A block is checked after it lies in a straight target: if this raises, some targets hold new or damaged data. Once
+    it has returned or raised nothing is read any more.
 
     Raises:
         IntegrityError: The checkpoint is damaged; of several faults the first one in the order of the files.
@@ -40,7 +41,6 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
     placing = Placing({name: target for name, target in targets.items() if not is_sharded(target)}, manifest)
     resharding = _Resharding({name: target for name, target in targets.items() if is_sharded(target)}, manifest)
     whole = parts_of(manifest, placing.targets)
-    at_once = blocks_at_once(storage, manifest.block_nbytes)
     needed: list[Job] = []
     straight: list[Job] = []
     others: list[tuple[File, Part]] = []
@@ -50,10 +50,11 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
             needed.append(partial(reader.header, file))
             is_straight = [placing.is_straight(part) for part in parts]
             chosen = list(compress(parts, is_straight))
-            straight += [
-                partial(reader.read, file, piece, placing.memory, place=placing.place)
-                for piece in pieces(chosen, manifest.block_nbytes, at_once=at_once)
-            ]
+            cut = pieces(chosen, manifest.block_nbytes)
+            if isinstance(storage, Distant):
+                straight += RangedReader(storage, reader, file, placing.memory, placing.place).jobs(cut)
+            else:
+                straight += [partial(reader.read, file, one, placing.memory, place=placing.place) for one in cut]
             straight += [partial(reader.read_run, file, *run) for run in resharding.runs(number, manifest.block_nbytes)]
             others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]
     Readers(needed).run(threads)  # nothing is changed before every file is there
@@ -147,17 +148,16 @@ class Placing:
         if all(map(self.is_straight, piece.parts)):
             reader.read(file, piece, self.memory, place=self.place)
             return
-        copies = {part.chunk.start: bytearray(part.chunk.nbytes) for part in piece.parts if piece.blocks is None}
-        if piece.blocks is None:
+        copies = {part.chunk.start: bytearray(part.chunk.nbytes) for part in piece.parts if piece.block is None}
+        if piece.block is None:
             reader.read(file, piece, lambda tensor, chunk: memoryview(copies[chunk.start]))
             for part in piece.parts:
                 overwrite_part(self._box(part.tensor, part.chunk), 0, _bytes_of(copies[part.chunk.start]))
             return
-        (block,), part = piece.blocks, piece.parts[0]
-        start = block * self._block_nbytes
-        stop = min(start + self._block_nbytes, part.chunk.nbytes)
+        part = piece.parts[0]
+        start, stop = piece.start - part.chunk.start, piece.stop - part.chunk.start
         copy = bytearray(stop - start)
-        reader.read_run(file, part, block, (start, stop), memoryview(copy))
+        reader.read_run(file, part, piece.block, (start, stop), memoryview(copy))
         overwrite_part(self._box(part.tensor, part.chunk), start, _bytes_of(copy))
 
     def is_straight(self, part: Part) -> bool:

@@ -7,13 +7,21 @@ Before a save from many ranks: what is equal on all of them, what each has of it
 
 What is held by several ranks under one name:
 
-    parameters, moments, DTensors    replicas: whoever has least to write writes them. A sample of the bytes of plain
-                                     parameters is compared at every save: models that began equal may drift apart.
-                                     Where one differs, all plain parameters and moments are compared as a whole, and
-                                     those that differ are stored per rank.
+    parameters, moments, DTensors    replicas: whoever has least to write writes them. A sample of plain parameters is
+                                     compared at every save: models that began equal may drift apart. Where one
+                                     differs, all plain parameters and moments are compared as a whole, and those that
+                                     differ are stored per rank.
     other tensors of modules         compared by digest at every save; those that differ from rank 0's are stored per
     (buffers)                        rank
     all other components             compared as a whole: values and tensors; stored per rank where they differ
+
+**What a sample sees:** both ends of a parameter, and 64 elements spread over it, others at every save. Training changes
+nearly all of a parameter, so drift is seen at once; and so is any that fills a 64th of it. What is shorter, such as one
+row of an embedding, is seen sooner or later; until then it is stored as the rank that writes it has it.
+
+**Who is compared with whom:** those that hold one name. A plan puts names that the same ranks hold into one group, and
+what only one rank holds into none: the stages of a pipeline have nothing to compare. Without a plan, at the first save
+above all, everything is one group; where that differs, all is compared as a whole, once.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
+import numpy as np
 import torch
 
 from ckptman.errors import SaveFailed
@@ -41,20 +50,29 @@ _log = logging.getLogger("ckptman")
 SAMPLE_NBYTES = 4096
 """How much is compared of the beginning and of the end of what is taken for a replica."""
 
+SPREAD = 64
+"""How many elements between them are compared: as many cache misses for each parameter, some microseconds."""
+
+_ALONE = -1
+"""The group of what no other rank holds."""
+
+_MIXER = 0x9E3779B1
+"""2**32 by the golden ratio (Knuth): its multiples, modulo 2**32, lie evenly, whatever the distance of the steps."""
+
 _TRAINED = ("module", "optimizer")
 
 
 class _Part(msgspec.Struct, frozen=True, array_like=True):
     """
-    Digests of a component: of its values, of those of its tensors that may differ between ranks, and of samples of its
-    parameters.
+    Digests of a component: of its values, and by group of those of its tensors that may differ between ranks, and of
+    samples of its parameters.
     """
 
     name: str
     kind: str
     values: str
-    contents: str
-    parameters: str
+    contents: dict[int, str]
+    parameters: dict[int, str]
 
 
 class _Opening(msgspec.Struct, frozen=True, array_like=True):
@@ -70,8 +88,7 @@ class _Orders(msgspec.Struct, frozen=True, array_like=True):
     """
     What rank 0 answers: where to write, and what may be borrowed from.
 
-    ``plan`` is what the plan of this save is made for ("" for no other save than this); with ``is_new`` it is still to
-    be made.
+    ``plan`` is what the plan of this save is made for; with ``is_new`` it is still to be made.
     """
 
     attempt: str
@@ -90,11 +107,17 @@ class _Details(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _RankPlan(msgspec.Struct, frozen=True, array_like=True):
-    """For one rank: what it writes, which of what it holds is its own alone, and of which components the values are."""
+    """
+    For one rank: what it writes, which of what it holds is its own alone, and of which components the values are.
+
+    ``groups`` has the group of each leaf, or nothing where all are in group 0. ``serves_again``: nothing differed.
+    """
 
     shares: list[Share]
     own_leaves: list[int]
     own_values: list[str]
+    groups: list[int]
+    serves_again: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +160,7 @@ class Sharing:
         self._ranks = ranks
         self._plan: _RankPlan | None = None
         self._planned_for = ""
+        self._signature = ""  # of what this rank held then
 
     def begin(
         self, step: int, capture: Callable[[], Mapping[str, Captured]], name_attempt: Callable[[], Attempted]
@@ -160,17 +184,21 @@ class Sharing:
             nonlocal captured, held
             captured = capture()
             held = [_held(leaf) for leaf in _leaves(captured)]
-            parts = [_part(name, part) for name, part in captured.items()]
-            return msgspec.msgpack.encode(
-                _Opening(step, sha256(msgspec.msgpack.encode(held)), self._planned_for, parts)
-            )
+            signature = sha256(msgspec.msgpack.encode(held))
+            if signature != self._signature:
+                self._plan, self._planned_for, self._signature = None, "", signature
+            groups = iter(self._plan.groups if self._plan is not None and self._plan.groups else [0] * len(held))
+            parts = [_part(name, part, [next(groups) for _ in part.leaves], step) for name, part in captured.items()]
+            return msgspec.msgpack.encode(_Opening(step, signature, self._planned_for, parts))
 
         def orders(parts: list[bytes]) -> bytes:
             openings[:] = [msgspec.msgpack.decode(part, type=_Opening) for part in parts]
             _check_agreement(openings)
             plan, named = _fingerprint(openings), name_attempt()
-            is_new = not plan or any(opening.plan != plan for opening in openings)
             have_drifted = _differ(openings, lambda part: part.parameters)
+            have_changed = have_drifted or _differ(openings, lambda part: part.contents)
+            serves = self._plan is not None and self._plan.serves_again and not have_changed
+            is_new = not serves or any(opening.plan != plan for opening in openings)
             return msgspec.msgpack.encode(
                 _Orders(named.attempt, named.after, list(named.attempts), plan, is_new, have_drifted)
             )
@@ -178,7 +206,7 @@ class Sharing:
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
         if told.is_new:
             self._plan, self._planned_for = None, ""
-            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured, whole=told.have_drifted)))  # noqa: E731
+            details = lambda: msgspec.msgpack.encode(_Details(held, _samples(captured, step, whole=told.have_drifted)))  # noqa: E731
             answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
             self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
             self._planned_for = told.plan
@@ -216,16 +244,24 @@ def _may_differ(kind: str, leaf: Leaf) -> bool:
     return leaf.offset is None and not (kind in _TRAINED and (leaf.is_parameter or kind == "optimizer"))
 
 
-def _part(name: str, part: Captured) -> _Part:
-    contents, parameters = Hasher(), Hasher()
-    for leaf in part.leaves:
+def _part(name: str, part: Captured, groups: Sequence[int], step: int) -> _Part:
+    contents: dict[int, Hasher] = {}
+    parameters: dict[int, Hasher] = {}
+    for leaf, group in zip(part.leaves, groups, strict=True):
+        if group == _ALONE:
+            continue
         if _may_differ(part.kind, leaf):
-            contents.update(leaf.name.encode())
-            contents.update(_host_bytes(leaf.tensor))
+            hasher = contents.setdefault(group, Hasher())
+            hasher.update(leaf.name.encode())
+            hasher.update(_host_bytes(leaf.tensor))
         elif leaf.is_parameter and leaf.offset is None:
-            _add_sample(parameters, leaf.tensor)
+            _add_sample(parameters.setdefault(group, Hasher()), leaf.tensor, step)
     values = hashlib.sha256(part.values).hexdigest()
-    return _Part(name, part.kind, values, contents.hexdigest(), parameters.hexdigest())
+    return _Part(name, part.kind, values, _digests(contents), _digests(parameters))
+
+
+def _digests(hashers: Mapping[int, Hasher]) -> dict[int, str]:
+    return {group: hasher.hexdigest() for group, hasher in hashers.items()}
 
 
 def _host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -236,11 +272,11 @@ def _host_bytes(tensor: torch.Tensor) -> memoryview:
     return as_bytes(copy)
 
 
-def _samples(captured: Mapping[str, Captured], *, whole: bool) -> list[str]:
-    return [_sample(part.kind, leaf, whole=whole) for part in captured.values() for leaf in part.leaves]
+def _samples(captured: Mapping[str, Captured], step: int, *, whole: bool) -> list[str]:
+    return [_sample(part.kind, leaf, step, whole=whole) for part in captured.values() for leaf in part.leaves]
 
 
-def _sample(kind: str, leaf: Leaf, *, whole: bool) -> str:
+def _sample(kind: str, leaf: Leaf, step: int, *, whole: bool) -> str:
     """By what a replica of *leaf* is told; "" where it needs no telling."""
     if leaf.offset is not None or kind not in _TRAINED:
         return ""
@@ -248,19 +284,26 @@ def _sample(kind: str, leaf: Leaf, *, whole: bool) -> str:
     if whole or _may_differ(kind, leaf):
         hasher.update(_host_bytes(leaf.tensor))
     else:
-        _add_sample(hasher, leaf.tensor)
+        _add_sample(hasher, leaf.tensor, step)
     return hasher.hexdigest()
 
 
-def _add_sample(hasher: Hasher, tensor: torch.Tensor) -> None:
-    """Add the beginning and the end of *tensor*; all of it if that is little more."""
+def _add_sample(hasher: Hasher, tensor: torch.Tensor, step: int) -> None:
+    """Add both ends of *tensor*, and elements between them that go by *step*; all of it if that is little more."""
     count = max(1, SAMPLE_NBYTES // tensor.element_size())
     if tensor.numel() <= 2 * count or not is_row_major(tensor):
         hasher.update(_host_bytes(tensor))
         return
     flat = tensor.reshape(-1)
-    hasher.update(_host_bytes(flat[:count]))
-    hasher.update(_host_bytes(flat[-count:]))
+    stride = tensor.numel() // SPREAD
+    first = (step * _MIXER % 2**32) * stride >> 32
+    if tensor.is_cpu:  # without an operation of torch for each
+        elements = np.frombuffer(as_bytes(flat), dtype=f"V{tensor.element_size()}")
+        for part in (elements[:count], elements[-count:], elements[first::stride]):
+            hasher.update(part.tobytes())
+        return
+    for chosen in (flat[:count], flat[-count:], flat[first::stride]):
+        hasher.update(_host_bytes(chosen))
 
 
 def _check_agreement(openings: list[_Opening]) -> None:
@@ -291,9 +334,7 @@ def _own_components(openings: list[_Opening], rank: int) -> list[str]:
 
 
 def _fingerprint(openings: list[_Opening]) -> str:
-    """What a plan depends on; "" where buffers or parameters differ, so that each save has to look which."""
-    if _differ(openings, lambda part: (part.contents, part.parameters)):
-        return ""
+    """What a plan depends on, where nothing that is compared differs."""
     facts = [
         (opening.signature, _own_values(openings, rank), _own_components(openings, rank))
         for rank, opening in enumerate(openings)
@@ -301,10 +342,18 @@ def _fingerprint(openings: list[_Opening]) -> str:
     return sha256(msgspec.msgpack.encode(facts))
 
 
-def _differ(openings: list[_Opening], digests: Callable[[_Part], object]) -> bool:
-    """Whether *digests* of a component that is trained are not the same on all ranks."""
-    by_component = zip(*(opening.parts for opening in openings), strict=True)
-    return any(parts[0].kind in _TRAINED and len({digests(part) for part in parts}) > 1 for parts in by_component)
+def _differ(openings: list[_Opening], digests: Callable[[_Part], dict[int, str]]) -> bool:
+    """Whether *digests* of a component that is trained are not the same on all ranks that hold the same."""
+    if len({opening.plan for opening in openings}) > 1:
+        return True  # their groups are not the same, so that nobody can tell
+    known: dict[tuple[str, int], str] = {}
+    return any(
+        known.setdefault((part.name, group), digest) != digest
+        for opening in openings
+        for part in opening.parts
+        if part.kind in _TRAINED
+        for group, digest in digests(part).items()
+    )
 
 
 @no_search_for_cycles()
@@ -315,11 +364,14 @@ def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
     held: list[list[Held]] = []
     own_leaves: list[list[int]] = []
     differing: set[str] = set()
+    holders: dict[str, list[int]] = {}
     for rank, detail in enumerate(details):
         own = set(_own_components(openings, rank))
         held.append([])
         own_leaves.append([])
         for index, (item, sample) in enumerate(zip(detail.held, detail.samples, strict=True)):
+            if sample:
+                holders.setdefault(item.name, []).append(rank)
             like, like_sample = first.get(item.name) or first.setdefault(item.name, (item, sample))
             is_like = item.shape == like.shape and item.dtype == like.dtype and sample == like_sample
             if rank and (not is_like or (own and item.name.partition("/")[0] in own)):
@@ -331,10 +383,24 @@ def _planned(openings: list[_Opening], parts: list[bytes]) -> bytes:
                 held[-1].append(item)
     if differing:
         _log.info("%d tensors differ between ranks and are stored per rank: %s", len(differing), sorted(differing)[:5])
+    groups = _grouped(details, holders)
     plans = [
-        _RankPlan(shares, own_leaves[rank], _own_values(openings, rank)) for rank, shares in enumerate(assign(held))
+        _RankPlan(shares, own_leaves[rank], _own_values(openings, rank), groups[rank], not differing)
+        for rank, shares in enumerate(assign(held))
     ]
     return msgspec.msgpack.encode(plans)
+
+
+def _grouped(details: Sequence[_Details], holders: Mapping[str, list[int]]) -> list[list[int]]:
+    """The group of every leaf of every rank."""
+    numbers: dict[tuple[int, ...], int] = {}
+    groups = {
+        name: numbers.setdefault(tuple(ranks), len(numbers)) if len(ranks) > 1 else _ALONE
+        for name, ranks in holders.items()
+    }
+    if set(groups.values()) <= {0}:
+        return [[]] * len(details)
+    return [[groups.get(item.name, 0) for item in detail.held] for detail in details]
 
 
 def _chosen(captured: Mapping[str, Captured], plan: _RankPlan, rank: int) -> dict[str, Captured]:

@@ -234,12 +234,7 @@ def _cut(manifest: Manifest, names: set[str]) -> Iterator[tuple[File, Piece, int
     """Every piece of the tensors *names*: its file, where it begins there, and its size."""
     for file, parts in zip(manifest.files, parts_of(manifest, names), strict=True):
         for piece in pieces([part for part in parts if part.chunk.nbytes], manifest.block_nbytes):
-            first = piece.parts[0].chunk
-            if piece.blocks is None:
-                yield file, piece, first.start, piece.parts[-1].stop - first.start
-            else:
-                begin = piece.blocks.start * manifest.block_nbytes
-                yield file, piece, first.start + begin, min(manifest.block_nbytes, first.nbytes - begin)
+            yield file, piece, piece.start, piece.stop - piece.start
 
 
 # ---------------------------------------------------------------------- the memory

@@ -54,7 +54,7 @@ class Stream:
             self._changed.notify_all()
 
     def __iter__(self) -> Iterator[Slot]:
-        """Receive every slot. Raises `StagingStopped` from what ``fail`` was told."""
+        """Receive every slot. Raises `StagingStopped` from what ``fail`` was told, and after ``close``."""
         while (slot := self._next()) is not None:
             yield slot
 
@@ -65,6 +65,8 @@ class Stream:
                     raise StagingStopped(f"staging stopped: {self._failure!r}") from self._failure
                 if self._is_ended:
                     return None
+                if self._is_closed:
+                    raise StagingStopped("nobody waits for what is staged any more")
                 self._changed.wait()
             return self._slots.popleft()
 

@@ -2,7 +2,8 @@
 One save from many ranks, from what each has staged to what is committed.
 
 1. Every rank writes its files under the attempt that rank 0 named, and makes them durable, with their names. A rank
-   that fails is heard at once: the others break off between two slots (16 MiB) or files.
+   that fails is heard at once: the others break off between two slots (16 MiB) or files. One whose storage hangs in
+   that moment leaves the call alone: see `_Handed`.
 2. Every rank reports its files and tensors, or its error. Any error: the save fails on every rank with that error,
    and nothing exists.
 3. Rank 0 puts the reports together, writes the manifest, commits, and tells every rank.
@@ -21,7 +22,7 @@ from ckptman.errors import CkptmanError, CommitUnknown, Fenced, LockTimeout, Ran
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Component, File, Manifest, Tensor
 from ckptman.format.names import rank_name
-from ckptman.pipeline.arena import Arena, Slot
+from ckptman.pipeline.arena import Slot
 from ckptman.pipeline.engine import Source
 from ckptman.pipeline.loss import find_out, give_up
 from ckptman.pipeline.ranks import BrokenOff, Ranks
@@ -165,8 +166,9 @@ def failed(step: int, error: Exception) -> CkptmanError:
 def _write_part(
     ranks: Ranks, storage: Storage, job: Job, shared: Shared, source: Source
 ) -> tuple[list[File], list[Tensor]]:
+    handed = _Handed(source)
     try:
-        return ranks.attended(lambda stop: _written(storage, shared, source, stop))
+        return ranks.attended(lambda stop: _written(storage, shared, source, handed, stop), left_alone=handed.lose)
     except (BrokenOff, RankLost):
         raise
     except Exception as error:
@@ -174,22 +176,49 @@ def _write_part(
 
 
 def _written(
-    storage: Storage, shared: Shared, source: Source, stop: threading.Event
+    storage: Storage, shared: Shared, source: Source, handed: _Handed, stop: threading.Event
 ) -> tuple[list[File], list[Tensor]]:
-    slots = _until(stop, source.slots, source.arena)
-    files, tensors = write_files(storage, shared.attempt, source.files, slots, source.arena)
+    files, tensors = write_files(storage, shared.attempt, source.files, handed.until(stop), source.arena)
+    if stop.is_set():
+        raise BrokenOff("another rank failed")
     if files:
         storage.persist([shared.attempt])  # perhaps another machine than that of rank 0 made the names
     source.confirm()
     return [*files, *source.borrowed.files], [*tensors, *source.borrowed.behind(len(files))]
 
 
-def _until(stop: threading.Event, slots: Iterator[Slot], arena: Arena) -> Iterator[Slot]:
-    for slot in slots:
+class _Handed:
+    """
+    The slots of a part on their way to the thread that writes them, which may have to be left alone in a call.
+
+    1. Rank 2's fsync hangs. Rank 1 fails; rank 2 is to break off, waits a few seconds, and leaves its thread alone.
+    2. The slot that the thread writes from, if it was in a write, is counted out of the arena: it is never filled again
+       while somebody may read it. All other slots are in the stream, which gives them back.
+    3. Rank 2 reports that it broke off; the attempt is discarded on rank 0, and its name is never used again.
+    4. The fsync returns at last. The thread gives its slot back, which frees it, looks at ``stop``, and ends. It has no
+       way to report or to commit; a file that it finished is garbage in a folder that no record lists.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._slots = source.slots
+        self._arena = source.arena
+        self._out: Slot | None = None
+
+    def until(self, stop: threading.Event) -> Iterator[Slot]:
+        """Every slot; raises `BrokenOff` in place of the next one once *stop* is set."""
+        slots = iter(self._slots)
+        while not stop.is_set() and (slot := next(slots, None)) is not None:
+            self._out = slot
+            yield slot
+            self._out = None  # who asks for the next one has given it back
         if stop.is_set():
-            arena.give_back(slot)
             raise BrokenOff("another rank failed")
-        yield slot
+
+    def lose(self) -> None:
+        """Count out the slot that is being written."""
+        out = self._out
+        if out is not None:
+            self._arena.lose(out)
 
 
 def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[Report]) -> Manifest:

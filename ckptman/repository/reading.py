@@ -8,6 +8,7 @@ into the memory that the caller gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from ckptman.storage.base import Distant, KeyMissing, NotAFile, lacking
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
 
-_GAP_NBYTES = 64 << 10
+GAP_NBYTES = 64 << 10
 """Neighbours are read together only where no more than this, which nobody wants, lies between them."""
 
 Memory = Callable[[Tensor, Chunk], memoryview | None]
@@ -55,32 +56,28 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 @dataclass(frozen=True, slots=True)
 class Piece:
     """
-    What is read at once: small neighbours together, or some *blocks* of a large chunk.
+    What is checked at once: small neighbours together, or one *block* of a large chunk.
 
-    ``is_last`` says whether the parts are complete with it.
+    ``start`` and ``stop`` are its bytes of the file; ``is_last`` says whether the parts are complete with it.
     """
 
     parts: Sequence[Part]
-    blocks: range | None
+    block: int | None
+    start: int
+    stop: int
     is_last: bool
 
 
-def pieces(parts: Sequence[Part], block_nbytes: int, *, at_once: int = 1) -> Iterator[Piece]:
-    """Cut *parts* of one file, in the order of their bytes, into pieces to be read independently: *at_once* blocks."""
+def pieces(parts: Sequence[Part], block_nbytes: int) -> Iterator[Piece]:
+    """Cut *parts* of one file, in the order of their bytes, into pieces to be read independently."""
     for span in _spans(parts):
         nbytes = span[0].chunk.nbytes
         if len(span) > 1 or nbytes < SPAN_NBYTES:
-            yield Piece(span, None, True)
+            yield Piece(span, None, span[0].chunk.start, span[-1].stop, True)
         else:
-            every = range(-(-nbytes // block_nbytes))
-            for first in every[::at_once]:
-                some = every[first : first + at_once]
-                yield Piece(span, some, some.stop == every.stop)
-
-
-def blocks_at_once(storage: Readable, block_nbytes: int) -> int:
-    """How many blocks of *storage* to read at a time: one, where a read costs nothing."""
-    return max(1, storage.read_nbytes // block_nbytes) if isinstance(storage, Distant) else 1
+            first = span[0].chunk.start
+            for block, (start, stop) in enumerate(blocks(nbytes, block_nbytes)):
+                yield Piece(span, block, first + start, first + stop, stop == nbytes)
 
 
 def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[list[Part]]:
@@ -105,10 +102,8 @@ class CheckedReader:
 
     def header(self, file: File) -> bytes:
         """The safetensors header of *file* (its length field included), after checking the file's size."""
-        try:
+        with self._naming_damage(file, None):
             nbytes = self._storage.size(file.path)
-        except (KeyMissing, NotAFile) as error:
-            raise self._damage(f"{file.path} {lacking(error)}", file) from error
         if nbytes != file.nbytes:
             raise self._damage(f"{file.path} has {nbytes} bytes instead of {file.nbytes}", file)
         header = bytearray(8 + file.header_nbytes)
@@ -130,11 +125,34 @@ class CheckedReader:
 
         What was read together is given to *place*, where there is one, instead of being copied into *memory*.
         """
-        if piece.blocks is None:
-            span = self._read_span(file, piece.parts)
-            (place or _placing_in(memory))(piece.parts, span)
-        else:
-            self._read_blocks(file, piece.parts[0], piece.blocks, memory)
+        view = self.room(piece, memory)
+        self._fill(file, piece.start, view, piece.parts[0].tensor)
+        self.accept(file, piece, view, place or placing_in(memory))
+
+    def room(self, piece: Piece, memory: Memory) -> memoryview:
+        """Where the bytes of *piece* are to be read: into *memory*, or beside it."""
+        nbytes = piece.stop - piece.start
+        if piece.block is not None:
+            into = memory(piece.parts[0].tensor, piece.parts[0].chunk)
+            if into is not None:
+                start = piece.block * self._manifest.block_nbytes
+                return into[start : start + nbytes]
+        return memoryview(bytearray(nbytes))
+
+    def accept(self, file: File, piece: Piece, view: memoryview, place: Place) -> None:
+        """Check the bytes of *piece*, which lie in *view*; have *place* put what was read beside where it belongs."""
+        if piece.block is not None:
+            self._check(file, piece.parts[0], piece.block, view)
+            return
+        for part in piece.parts:
+            at = part.chunk.start - piece.start
+            whole = view[at : at + part.chunk.nbytes]
+            if len(part.chunk.digests) == 1:
+                self._check(file, part, 0, whole)
+            else:
+                for index, (start, stop) in enumerate(blocks(part.chunk.nbytes, self._manifest.block_nbytes)):
+                    self._check(file, part, index, whole[start:stop])
+        place(piece.parts, view)
 
     def blocks(self, file: File, part: Part) -> Iterator[tuple[int, memoryview]]:
         """Every block of *part* of *file*, checked: where it begins in the chunk, and its bytes, until the next one."""
@@ -171,39 +189,27 @@ class CheckedReader:
         if not is_whole:
             into[:] = view[start - first : stop - first]
 
-    def _read_blocks(self, file: File, part: Part, some: range, memory: Memory) -> None:
-        nbytes = self._manifest.block_nbytes
-        start, stop = some.start * nbytes, min(some.stop * nbytes, part.chunk.nbytes)
-        into = memory(part.tensor, part.chunk)
-        view = memoryview(bytearray(stop - start)) if into is None else into[start:stop]
-        self._fill(file, part.chunk.start + start, view, part.tensor)
-        for block in some:
-            at = block * nbytes - start
-            self._check(file, part, block, view[at : at + nbytes])
-
-    def _read_span(self, file: File, span: Sequence[Part]) -> memoryview:
-        """The bytes from the first of *span* to the end of the last; those of the parts are right."""
-        first = span[0].chunk.start
-        scratch = memoryview(bytearray(span[-1].stop - first))
-        self._fill(file, first, scratch, span[0].tensor)
-        for part in span:
-            chunk = part.chunk
-            at = chunk.start - first
-            view = scratch[at : at + chunk.nbytes]
-            if len(chunk.digests) == 1:
-                self._check(file, part, 0, view)
-            else:
-                for index, (start, stop) in enumerate(blocks(chunk.nbytes, self._manifest.block_nbytes)):
-                    self._check(file, part, index, view[start:stop])
-        return scratch
-
     def _fill(self, file: File, start: int, into: memoryview, tensor: Tensor | None) -> None:
-        try:
+        with self._naming_damage(file, tensor):
             got = self._storage.read_into(file.path, start, into)
+        self._refuse_short(file, start, got, len(into), tensor)
+
+    @contextmanager
+    def _naming_damage(self, file: File, tensor: Tensor | None) -> Iterator[None]:
+        try:
+            yield
         except (KeyMissing, NotAFile) as error:
             raise self._damage(f"{file.path} {lacking(error)}", file, tensor) from error
-        if got != len(into):
-            raise self._damage(f"{file.path} ends at byte {start + got}, before byte {start + len(into)}", file, tensor)
+
+    def _refuse_short(self, file: File, start: int, got: int, wanted: int, tensor: Tensor | None) -> None:
+        if got != wanted:
+            raise self._damage(f"{file.path} ends at byte {start + got}, before byte {start + wanted}", file, tensor)
+
+    def fill_each(self, storage: Distant, file: File, start: int, into: Sequence[memoryview]) -> None:
+        """As `fetch`, by one request for all of *into*, which are filled one after the other."""
+        with self._naming_damage(file, None):
+            got = storage.read_into_each(file.path, start, into)
+        self._refuse_short(file, start, got, sum(map(len, into)), None)
 
     def _check(self, file: File, part: Part, index: int, block: memoryview) -> None:
         if block_digest(block) != part.chunk.digests[index]:
@@ -219,7 +225,9 @@ class CheckedReader:
         return IntegrityError(f"step {step}: {what}", step=step, file=file.path, tensor=tensor.name if tensor else None)
 
 
-def _placing_in(memory: Memory) -> Place:
+def placing_in(memory: Memory) -> Place:
+    """Puts what was read beside *memory* into it."""
+
     def place(parts: Sequence[Part], span: memoryview) -> None:
         first = parts[0].chunk.start
         for part in parts:
@@ -236,7 +244,7 @@ def _spans(parts: Sequence[Part]) -> Iterator[list[Part]]:
     first = end = 0
     for part in parts:
         start, stop = part.chunk.start, part.stop
-        if span and (stop - first > SPAN_NBYTES or start - end > _GAP_NBYTES):
+        if span and (stop - first > SPAN_NBYTES or start - end > GAP_NBYTES):
             yield span
             span = []
         first, end = first if span else start, stop

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -18,6 +19,7 @@ from ckptman.state.dtensor import is_sharded, shards
 from ckptman.state.layouts import ARRAY, STRIDED, Note, Parts, refused_subclass, take_apart, take_subclass_apart
 from ckptman.state.tensors import (
     address,
+    are_simple,
     check_savable,
     dtype_name,
     is_ordinary,
@@ -27,6 +29,10 @@ from ckptman.state.tensors import (
     tie_key,
 )
 
+_MANY = 64
+"""Tensors of one dict, from which on it pays to take them at once."""
+
+_KEY = "key"
 _SPECIAL = re.compile(r"""['"\[\]]""")
 _SUBSCRIPT = re.compile(r"""\[(?:'([^']*)'|"([^"]*)"|([^\]]*))\]""")
 
@@ -80,7 +86,7 @@ class Collector:
         Raises:
             UnsupportedState: Something in it cannot be saved; the path says what.
         """
-        state = to_json(tree, self.component, self._extract)
+        state = to_json(tree, self.component, self._extract, extract_all=self._extract_all)
         if not self._notes:
             return b'{"state":%s}' % state
         notes = {name: note.to_tree() for name, note in self._notes.items()}
@@ -193,6 +199,37 @@ class Collector:
         if isinstance(value, _LIVING) or (hasattr(value, "load_state_dict") and not isinstance(value, type)):
             raise _not_inside(value, path)
         return _small_marker(value)
+
+    def _extract_all(self, values: Mapping[str, object], path: str) -> list[str] | None:
+        """
+        Take all *values*, as `_extract` would take each, if they are very many and there is nothing special about any.
+
+        What is asked of a tensor is asked of all of them in one pass, and what it is called is found out once.
+        """
+        if len(values) < _MANY or not are_simple(values.values()):
+            return None
+        tensors = cast("list[torch.Tensor]", list(values.values()))
+        stem, places = self._stem(values, path), list(map(torch.Tensor.data_ptr, tensors))
+        if stem is None or 0 in places or len(set(places)) < len(places) or not self._seen.keys().isdisjoint(places):
+            return None
+        names = [f"{self.component}/{stem}{key}" for key in values]
+        if not self._taken.isdisjoint(names):
+            return None
+        self._taken.update(names)
+        self._seen.update(zip(places, zip(map(TensorRef, names), tensors, strict=True), strict=True))
+        self.leaves += [Leaf(name=name, tensor=tensor.detach()) for name, tensor in zip(names, tensors, strict=True)]
+        return names
+
+    def _stem(self, keys: Collection[str], path: str) -> str | None:
+        """What comes before each of *keys* in the name of what lies under it; None where `_name_of` does more to it."""
+        every = "".join(keys)
+        if _SPECIAL.search(every) or "\\" in every or not every.isprintable():
+            return None
+        stem = self._name_of(f"{path}['{_KEY}']").removesuffix(_KEY)
+        if stem or ("." not in every and "" not in keys):
+            return stem
+        is_changed = any(key.startswith((".", "entries.", "state.")) or not key for key in keys)
+        return None if is_changed else stem
 
     def _name_of(self, path: str) -> str:
         """A name for the tensor at *path*: ``ema['w'][0]`` gives ``w.0``."""

@@ -7,9 +7,9 @@ and callables that hand over the filled tensors; it notes differences; and it le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,17 @@ from ckptman.state.differences import Differences
 from ckptman.state.dtensor import is_sharded
 from ckptman.state.layouts import ARRAY, SUBCLASS, Note, dress, put_together
 from ckptman.state.stored import Stored, device_of
-from ckptman.state.tensors import TieKey, check_savable, dtype_of, fresh, is_fillable, overwrite, tie_key
+from ckptman.state.tensors import (
+    TieKey,
+    address,
+    are_simple,
+    check_savable,
+    dtype_of,
+    fresh,
+    is_fillable,
+    overwrite,
+    tie_key,
+)
 
 Give = Callable[[], object]
 """Hands over a restored value. To be called once all targets are filled."""
@@ -62,8 +72,8 @@ class Filling:
         self.values: dict[str, object] = {}
         self._tensors = tensors
         self._steps: list[tuple[Phase, Callable[[], None]]] = []
-        # which stored tensor a live place was promised to; the tensor is kept so that the key stays its own
-        self._claims: dict[TieKey, tuple[str, torch.Tensor]] = {}
+        # which stored tensor a live one was promised to, by address: most are alone at theirs
+        self._claims: dict[int, list[tuple[str, torch.Tensor]]] = {}
         # the object that is handed over for a stored tensor: a live one, or a new one
         self._objects: dict[str, torch.Tensor] = {}
 
@@ -105,6 +115,29 @@ class Filling:
         holder = self._claim(ref.name, live, key)
         return None if holder is None else self._in_place(ref.name, note, live, key, holder=holder)
 
+    def place_all(self, stored: Stored, refs: Iterable[TensorRef], live: Sequence[object]) -> bool:
+        """
+        Place very many, each into the tensor that is *live* in its place, if there is nothing special about any.
+
+        Returns:
+            Whether that was done. If not, nothing was, and `place` is to be asked for each.
+        """
+        names = [ref.name for ref in refs]
+        if not are_simple(live) or len(set(names)) < len(names) or not self.targets.keys().isdisjoint(names):
+            return False
+        tensors = cast("Sequence[torch.Tensor]", live)
+        places = list(map(torch.Tensor.data_ptr, tensors))
+        if 0 in places or len(set(places)) < len(places) or not self._claims.keys().isdisjoint(places):
+            return False
+        if not stored.agree(names, tensors) or any(not one.is_contiguous() or one.is_inference() for one in tensors):
+            return False
+        self._claims.update(
+            (place, [claim]) for place, claim in zip(places, zip(names, tensors, strict=True), strict=True)
+        )
+        self._objects.update(zip(names, tensors, strict=True))
+        self.targets.update(zip(names, map(torch.Tensor.detach, tensors), strict=True))
+        return True
+
     def place_array(self, stored: Stored, ref: ArrayRef, live: np.ndarray | None) -> Give | None:
         """Find a target for the NumPy array *ref*; as `place`."""
         note = stored.note(ref)
@@ -121,7 +154,11 @@ class Filling:
 
     def _claim(self, name: str, live: torch.Tensor, key: TieKey) -> str | None:
         """The stored tensor that fills the place of *live*: *name*, or one of the same bytes. None: neither."""
-        holder, _ = self._claims.setdefault(key, (name, live))
+        claims = self._claims.setdefault(address(live), [])
+        holder = next((holder for holder, other in claims if tie_key(other) == key), None)
+        if holder is None:
+            claims.append((name, live))
+            return name
         return holder if holder == name or _same_bytes(self._tensors[holder], self._tensors[name]) else None
 
     def _new(self, name: str, note: Note, device: torch.device | None) -> GiveTensor:

@@ -125,9 +125,10 @@ def capture_component(live: object, collector: Collector) -> tuple[str, bytes]:
         UnsupportedState: It cannot be saved; the path says what.
     """
     kind = kind_of(live)
-    if kind is _OPTIMIZER and not optimizers.is_standard(live.state_dict()):  # type: ignore[attr-defined]
-        kind = _STATEFUL
-    return kind.name, collector.document(kind.capture(live, collector))
+    tree = kind.capture(live, collector)
+    if isinstance(tree, optimizers.OwnFormat):
+        kind, tree = _STATEFUL, tree.state
+    return kind.name, collector.document(tree)
 
 
 def prepare_component(live: object, stored: Stored, filling: Filling) -> None:

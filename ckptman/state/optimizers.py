@@ -85,9 +85,22 @@ def is_standard(state: object) -> bool:
     )
 
 
-def capture(optimizer: Optimizer, collector: Collector) -> dict[str, Any]:
-    """The state of *optimizer* by name. Raises UnsupportedState for a parameter that has no name in the state."""
-    packed = optimizer.state_dict()
+class OwnFormat(msgspec.Struct, frozen=True):
+    """The ``state_dict`` of an optimizer that is not standard: to be given back as it is."""
+
+    state: object
+
+
+def capture(optimizer: Optimizer, collector: Collector) -> dict[str, Any] | OwnFormat:
+    """
+    The state of *optimizer* by name, or in its own format. Asks for it once: a second answer might be another.
+
+    Raises:
+        UnsupportedState: A parameter has no name in the state.
+    """
+    packed: Any = optimizer.state_dict()
+    if not is_standard(packed):
+        return OwnFormat(packed)
     names: dict[int, str] = {}
     parameters: dict[int, torch.Tensor] = {}
     groups = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -118,6 +118,19 @@ class Stored:
         if tuple(live.shape) != shape or dtype_name(live.dtype) != values.dtype:
             return False
         return note.layout != "sparse_coo" or live.sparse_dim() == self.tensors[note.parts["indices"]].shape[0]
+
+    def agree(self, names: Sequence[str], live: Sequence[torch.Tensor]) -> bool:
+        """Whether each of *live*, which are simple, can hold exactly what is stored under its name, without a note."""
+        if not self._notes.keys().isdisjoint(names):
+            return False
+        known = [self.tensors.get(name) for name in names]
+        return all(
+            one is not None
+            and one.name.startswith(self._prefixes)
+            and tensor.shape == one.shape
+            and dtype_name(tensor.dtype) == one.dtype
+            for one, tensor in zip(known, live, strict=True)
+        )
 
     def _subclass_agrees(self, note: Note, live: torch.Tensor) -> bool:
         apart = take_subclass_apart(live, self.name)

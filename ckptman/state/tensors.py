@@ -7,7 +7,9 @@ What torch can express and a file cannot (views, ties, conjugate bits, layouts) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Collection
+from typing import cast
 
 import numpy as np
 import torch
@@ -238,6 +240,24 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
         and not tensor.is_meta
         and not tensor.is_nested
     )
+
+
+def are_simple(tensors: Collection[object]) -> bool:
+    """
+    Whether all *tensors* are of the class that torch gives, ordinary, and host memory that can be copied as it is: with
+    nothing to be resolved, and nothing to be noted. Asked of very many at once, in one pass.
+    """
+    if not {torch.Tensor}.issuperset(map(type, tensors)):
+        return False
+    plain = cast("Collection[torch.Tensor]", tensors)
+    return all(
+        facts == (torch.strided, True, False, False) and dtype in _BY_DTYPE and dtype not in _WITHOUT_COPY
+        for dtype, *rest in set(map(_FACTS, plain))
+        for facts in [tuple(rest)]
+    ) and not any(tensor.is_neg() or tensor.is_conj() for tensor in plain)
+
+
+_FACTS = operator.attrgetter("dtype", "layout", "is_cpu", "is_nested", "requires_grad")
 
 
 def _is_of(*packages: str) -> Callable[[torch.Tensor], bool]:

@@ -21,6 +21,9 @@ from ckptman.state.stored import Stored
 CONTAINERS: tuple[type, ...] = (dict, OrderedDict, Counter, list, deque, set)
 """What can be restored in place, by exact type."""
 
+_MANY = 64
+"""Tensors of one dict, from which on it pays to place them at once."""
+
 
 def give_tree(
     live: object, saved: object, stored: Stored, filling: Filling, *, device: torch.device | None = None
@@ -92,17 +95,25 @@ class _Placing:
 
     def dict(self, live: Any, saved: Any) -> Give:
         old = {} if live is None else live
-        gives = {key: self.tree(old.get(key), value) for key, value in saved.items()}
+        placed = self._placed(old, saved)
+        gives = {key: self.tree(old.get(key), value) for key, value in saved.items()} if placed is None else {}
 
         def give() -> object:
             target = type(saved)() if live is None else live
-            items = {key: given() for key, given in gives.items()}
+            items = {key: given() for key, given in gives.items()} if placed is None else placed
             target.clear()
             for key, value in items.items():  # not update: a Counter's adds
                 target[key] = value
             return target
 
         return give
+
+    def _placed(self, old: Any, saved: Any) -> Any:
+        """The live tensors of a dict by key, if it has very many, nothing else, and all are filled where they are."""
+        if len(saved) < _MANY or not {TensorRef}.issuperset(map(type, saved.values())):
+            return None
+        lives = {key: old.get(key) for key in saved}
+        return lives if self.filling.place_all(self.stored, saved.values(), list(lives.values())) else None
 
     def list(self, live: Any, saved: Any) -> Give:
         gives = self.items(live, saved)

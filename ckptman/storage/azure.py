@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.driver import Upload, create, refuse_above
+from ckptman.storage.driver import Upload, create, get_each, refuse_above
 from ckptman.storage.foreign import is_missing, is_transient, status_of
 from ckptman.storage.retry import Retry
 
@@ -35,7 +35,35 @@ MAX_BLOCK_NBYTES = 4000 * MIB
 """Of one blob: Azure's own limits."""
 STALE = timedelta(days=1)
 _NONCE = "ckptman_nonce"
-_ONCE: dict[str, Any] = {"retry_total": 0}  # trying again is ours
+
+
+class _Body:
+    """
+    A request's bytes that can be sent once: aiohttp asks an iterable for them.
+
+    Given the bytes themselves it would send a PUT again where a connection was cut: two requests, of which we would
+    see one answer.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._is_sent = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._is_sent:
+            raise ConnectionError("the connection was cut while a request was sent")
+        self._is_sent = True
+        yield self._data
+
+
+def _send_once(request: Any) -> None:
+    """Azure's client calls this before it sends *request*, whose headers tell its length."""
+    http = request.http_request
+    if isinstance(http.data, bytes):
+        http.data = _Body(http.data)
+
+
+_ONCE: dict[str, Any] = {"retry_total": 0, "raw_request_hook": _send_once}  # trying again is ours
 
 
 class AzureDriver:
@@ -46,6 +74,8 @@ class AzureDriver:
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._fs = filesystem
         self._retry = retry
+        # adlfs hands the timeouts of its user to some of its own calls, and keeps them for that.
+        self._every: dict[str, Any] = {**_ONCE, **getattr(filesystem, "_timeout_kwargs", {})}
 
     # requests
 
@@ -85,7 +115,7 @@ class AzureDriver:
     async def _ask(self, path: str, method: str, *arguments: Any, **more: Any) -> Any:
         container, _, name = path.partition("/")
         async with self._fs.service_client.get_blob_client(container=container, blob=name) as client:
-            return await getattr(client, method)(*arguments, **_ONCE, **more)
+            return await getattr(client, method)(*arguments, **self._every, **more)
 
     def _begin(self, call: Coroutine[Any, Any, Result]) -> Future[Result]:
         return asyncio.run_coroutine_threadsafe(call, self._fs.loop)
@@ -129,6 +159,9 @@ class AzureDriver:
             return 0
         return self.wait(self._begin(get_into()))
 
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        return get_each(self.get_into, path, start, into)
+
     def size(self, path: str) -> int:
         return int(self.ask(path, "get_blob_properties").size)
 
@@ -152,7 +185,7 @@ class AzureDriver:
 
         async def pages() -> list[Any]:
             async with self._fs.service_client.get_container_client(container=container) as client:
-                listing = getattr(client, method)(name_starts_with=start, **_ONCE, **more)
+                listing = getattr(client, method)(name_starts_with=start, **self._every, **more)
                 return [found async for found in listing]
 
         return self.wait(self._begin(pages()))

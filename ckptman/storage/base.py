@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -235,7 +235,10 @@ class Distant(Protocol):
 
     @property
     def read_nbytes(self) -> int:
-        """How much of a file to ask for at a time, if so much of it is wanted."""
+        """How much of a file to ask for at a time, in ranges that begin at multiples of it, if so much is wanted."""
+
+    def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
+        """As `Storage.read_into`, by one request for all of *into*, which are filled one after the other."""
 
 
 @runtime_checkable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Protocol, cast
@@ -53,6 +53,9 @@ class Driver(Protocol):
         """The whole value, and what ``swap`` knows it by."""
 
     def get_into(self, path: str, start: int, into: memoryview) -> int: ...
+
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        """As ``get_into``, by one request for all of *into*, which are filled one after the other."""
 
     def size(self, path: str) -> int: ...
 
@@ -120,6 +123,9 @@ class AnyDriver:
             raise ConnectionError(f"{len(data)} bytes came of {end - start}")
         into[: len(data)] = data
         return len(data)
+
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        return get_each(self.get_into, path, start, into)
 
     def size(self, path: str) -> int:
         found = self._fs.info(path)
@@ -214,6 +220,23 @@ def create(send: Callable[[], object], retry: Retry, *, is_ours: Callable[[], bo
         if is_conflict(error):
             raise
         raise Unanswered(str(error) or type(error).__name__) from error
+
+
+def get_each(get_into: Callable[[str, int, memoryview], int], path: str, start: int, into: Sequence[memoryview]) -> int:
+    """Fill *into* with what *get_into* gets, at once and by way of other memory, from byte *start* on."""
+    whole = memoryview(bytearray(sum(map(len, into))))
+    nbytes, at = get_into(path, start, whole), 0
+    for part in cut(into, nbytes):
+        part[:] = whole[at : at + len(part)]
+        at += len(part)
+    return nbytes
+
+
+def cut(into: Sequence[memoryview], nbytes: int) -> Iterator[memoryview]:
+    """The first *nbytes* of *into*."""
+    for part in into:
+        yield part[:nbytes]
+        nbytes = max(0, nbytes - len(part))
 
 
 def refuse_above(nbytes: int, limit: int, path: str) -> None:

@@ -16,10 +16,12 @@ _TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _TRANSIENT_NAMES = frozenset(
     {
         "ClientConnectionError", "ClientPayloadError", "EndpointConnectionError", "FSTimeoutError", "HTTPClientError",
-        "IncompleteRead", "ResponseParserError", "ServiceRequestError", "ServiceResponseError",
+        "IncompleteRead", "ProxyError", "ResponseParserError", "ServiceRequestError", "ServiceResponseError",
     }
 )  # fmt: skip
 _TRANSIENT_CODES = frozenset({"SlowDown", "RequestTimeout", "ServiceUnavailable", "InternalError", "Throttling"})
+_UNREADABLE = "BadHttpMessage"
+"""What aiohttp calls an answer that broke off. It gives it the status 400, which no server sent."""
 _CREDENTIAL_NAMES = frozenset(
     {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "CredentialRetrievalError"}
 )
@@ -84,6 +86,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def status_of(error: BaseException) -> int | None:
     """The HTTP status that the server answered with; None where there was no answer."""
     for one in chain(error):
+        if any(cls.__name__ == _UNREADABLE for cls in type(one).__mro__):
+            continue
         response = getattr(one, "response", None)
         if isinstance(response, Mapping):
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -149,7 +153,7 @@ def _hint(error: Exception, verb: str) -> str:
         return f"there are no credentials: give them in {_WHERE}"
     if status_of(error) == 401 or code_of(error) in _WRONG_CODES:
         return f"the credentials are wrong or have expired: correct them in {_WHERE}"
-    if isinstance(error, PermissionError) or status_of(error) == 403:
+    if isinstance(error, PermissionError) or status_of(error) == 403 or str(error).startswith("Forbidden: "):  # gcsfs's
         need = f" ({_PERMISSIONS[verb]} on S3)" if verb in _PERMISSIONS else ""
         return f"these credentials may not {verb} here: permit it{need}, or use others"
     if is_transient(error):

@@ -20,7 +20,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,7 @@ from ckptman.storage.base import Buffer, KeyChanged, KeyExists, Stored, check_ke
 from ckptman.storage.driver import AnyDriver, Driver, Upload
 from ckptman.storage.ending import Ending
 from ckptman.storage.foreign import is_presentable, is_transient, ours, secrets_of, without_traceback
+from ckptman.storage.google import GoogleDriver
 from ckptman.storage.probe import excludes
 from ckptman.storage.retry import Retry
 from ckptman.storage.s3 import S3Driver
@@ -45,6 +46,7 @@ CLEANED_EVERY_S = 3600.0
 _PROBE = ".ckptman-probe-"
 _S3 = frozenset({"s3", "s3a"})
 _AZURE = frozenset({"abfs", "abfss", "az"})
+_GOOGLE = frozenset({"gs", "gcs"})
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _CACHES = frozenset({"simplecache", "filecache", "blockcache", "cached"})
 _READ_ONLY = frozenset({"http", "https", "data", "github", "git", "zip", "tar"})
@@ -182,6 +184,11 @@ class ObjectStorage:
         """Fill *into* from byte *start* on, by several requests at once if it is large. See `Storage.read_into`."""
         check_key(key)
         return self._try("read", key, lambda driver: driver.get_into(self._path(key), start, into))
+
+    def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
+        """Fill *into*, one after the other, by one request. See `Distant`."""
+        check_key(key)
+        return self._try("read", key, lambda driver: driver.get_each(self._path(key), start, into))
 
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Raises `KeyMissing`."""
@@ -338,7 +345,9 @@ class ObjectStorage:
 def _driver_of(protocol: str) -> Callable[[Any, Retry], Driver]:
     if protocol in _S3:
         return S3Driver
-    return AzureDriver if protocol in _AZURE else AnyDriver
+    if protocol in _AZURE:
+        return AzureDriver
+    return GoogleDriver if protocol in _GOOGLE else AnyDriver
 
 
 class NewObject(Ending[Upload]):

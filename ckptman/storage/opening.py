@@ -16,7 +16,7 @@ from ckptman.storage.memory import MemoryStorage
 
 _FILE = re.compile(r"file://(localhost)?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
 _MEMORY = re.compile(r"memory://(?P<name>.*)", re.IGNORECASE | re.DOTALL)
-_OTHER = re.compile(r".*://|[a-z][a-z0-9+.-]+:/", re.IGNORECASE | re.DOTALL)
+_OTHER = re.compile(r".*://|[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE | re.DOTALL)
 
 _memories: dict[str, MemoryStorage] = {}  # setdefault is atomic, so there is no lock that a fork could catch held
 

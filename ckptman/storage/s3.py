@@ -1,8 +1,8 @@
 """
 S3 by its own requests, which s3fs signs and sends: conditional puts, parallel parts, ranged reads, one LIST a page.
 
-Everything runs on the event loop that fsspec has in a thread of its own, so no thread starts here. The client adds a
-CRC32 to every put and part, and the server refuses bytes that differ from theirs.
+Everything but large bodies (s3_direct.py) runs on the event loop that fsspec has in a thread of its own. The client
+adds a CRC32 to every put and part, and the server refuses bytes that differ from theirs.
 
 *Lost answers.* An object is marked with a nonce. Where a create-only request failed, or its repetition was refused,
 the object is asked for its nonce: with ours, the request took effect, and only its answer was lost.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
-from ckptman.storage.driver import Upload, create, refuse_above
+from ckptman.storage.driver import Upload, create, cut, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
-from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Parts
+from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Body, Parts
 
 if TYPE_CHECKING:
-    from ckptman.storage.s3_receiving import Receiving
+    from ckptman.storage.s3_direct import Prepared
 
 Result = TypeVar("Result")
 
@@ -46,9 +46,9 @@ class S3Driver:
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._fs = filesystem
         self._retry = retry
-        from ckptman.storage.s3_receiving import Receiver  # botocore is there where an S3 driver is
+        from ckptman.storage.s3_direct import Direct  # botocore is there where an S3 driver is
 
-        self._receiver = Receiver(filesystem)
+        self._direct = Direct(filesystem)
 
     # requests
 
@@ -59,6 +59,22 @@ class S3Driver:
     def begin(self, method: str, path: str, **arguments: Any) -> Future[Mapping[str, Any]]:
         """One request, under way: sent once."""
         return asyncio.run_coroutine_threadsafe(self._request(method, path, **arguments), self._fs.loop)
+
+    def sends_direct(self, path: str) -> bool:
+        """Whether parts of *path* can be `prepared`: not over TLS, where the client sends the sum behind each."""
+
+        async def is_plain() -> bool:
+            return str((await self._client(path)).meta.endpoint_url).startswith("http:")
+
+        return self._direct.is_usable and self._run(is_plain())
+
+    def prepared(self, method: str, path: str, **arguments: Any) -> Prepared:
+        """One ``get_object`` or ``upload_part``, signed, for the caller's own thread to send."""
+
+        async def prepared() -> Prepared:
+            return await self._direct.prepare(*await self._sending(method, path, **arguments))
+
+        return self._run(prepared())
 
     def wait(self, future: Future[Result]) -> Result:
         """Its result. Interrupted (Ctrl-C), it cancels what is under way."""
@@ -97,7 +113,7 @@ class S3Driver:
     # writing
 
     def put_new(self, path: str, data: Buffer) -> None:
-        self.create(path, "put_object", nonce=secrets.token_hex(16), marked=True, Body=bytes(data))
+        self.create(path, "put_object", nonce=secrets.token_hex(16), marked=True, Body=data)
 
     def upload(self, path: str) -> Upload:
         return Parts(self, path)
@@ -125,26 +141,33 @@ class S3Driver:
         if not into:
             self.size(path)
             return 0
-        if RECEIVED_NBYTES <= len(into) <= PART_NBYTES and self._receiver.is_usable:
-            asked = {"Range": f"bytes={start}-{start + len(into) - 1}"}
-            found = self._run(self._prepared("get_object", path, **asked)).into(into, start)
+        if len(into) <= PART_NBYTES:
+            return self.get_each(path, start, [into])
+        ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
+        return sum(self._run(_together([self._get_range(path, at, [part]) for at, part in ranges])))
+
+    def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        nbytes = sum(map(len, into))
+        if nbytes >= RECEIVED_NBYTES and self._direct.is_usable:
+            found = self.prepared("get_object", path, Range=_range(start, nbytes)).into(into, start)
             if found is not None:
                 return found
-        ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
-        return sum(self._run(_together([self._get_range(path, at, part) for at, part in ranges])))
+        return self._run(self._get_range(path, start, into))
 
-    async def _get_range(self, path: str, start: int, into: memoryview) -> int:
+    async def _get_range(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+        room = sum(map(len, into))
         try:
-            found = await self._request("get_object", path, Range=f"bytes={start}-{start + len(into) - 1}")
+            found = await self._request("get_object", path, Range=_range(start, room))
         except Exception as error:
             if status_of(error) == 416:
                 return 0  # it begins beyond the end
             raise
         try:
             nbytes = int(found["ContentLength"])
-            if nbytes > len(into):
-                raise StorageError(f"{path!r}: asked for {len(into)} bytes, the server sends {nbytes}")
-            await _receive(found["Body"], into[:nbytes])
+            if nbytes > room:
+                raise StorageError(f"{path!r}: asked for {room} bytes, the server sends {nbytes}")
+            for part in cut(into, nbytes):
+                await _receive(found["Body"], part)
         finally:
             found["Body"].close()
         return nbytes
@@ -212,9 +235,6 @@ class S3Driver:
         _, sending = await self._sending(method, path, _key=_key, **arguments)
         return await sending
 
-    async def _prepared(self, method: str, path: str, **arguments: Any) -> Receiving:
-        return await self._receiver.prepare(*await self._sending(method, path, **arguments))
-
     async def _sending(
         self, method: str, path: str, *, _key: str = "Key", **arguments: Any
     ) -> tuple[Any, Awaitable[Mapping[str, Any]]]:
@@ -222,14 +242,23 @@ class S3Driver:
         # s3fs has the session, the region of the bucket, and what users want added to requests (encryption, …). Its
         # own way of sending would try again, translate the error and sleep once more before raising it.
         bucket, _, key = path.partition("/")
-        await self._fs.set_session()
-        client = await self._fs.get_s3(bucket)
+        client = await self._client(path)
         send = getattr(client, method)
+        if "Body" in arguments:
+            arguments["Body"] = Body(arguments["Body"])
         arguments = self._fs._get_s3_method_kwargs(send, Bucket=bucket, **{_key: key}, **arguments)
         return client, send(**arguments)
 
+    async def _client(self, path: str) -> Any:
+        await self._fs.set_session()
+        return await self._fs.get_s3(_bucket(path))
+
     def _run(self, call: Coroutine[Any, Any, Result]) -> Result:
         return self.wait(asyncio.run_coroutine_threadsafe(call, self._fs.loop))
+
+
+def _range(start: int, nbytes: int) -> str:
+    return f"bytes={start}-{start + nbytes - 1}"
 
 
 async def _receive(body: Any, into: memoryview) -> None:

@@ -3,7 +3,7 @@ An object in parts, create-only: uploaded while its bytes still come, seen by no
 
 At most `IN_FLIGHT_NBYTES` of parts are on their way and one more is being filled, so an upload takes 64 MiB, whatever
 the size of the object; above 156 GiB parts grow, since there can be 10,000 of them, and at least one is on its way.
-What fits into one part is a plain put. Parts are sent by the event loop that fsspec runs, so no thread starts here.
+What fits into one part is a plain put. Each part under way has a thread, which ends with the upload, or sooner.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ckptman.errors import StorageError
+from ckptman.storage.base import Buffer
 from ckptman.storage.foreign import is_transient
 
 if TYPE_CHECKING:
@@ -30,16 +32,24 @@ MAX_NBYTES = 5 << 40
 """Of one object: S3's own limits."""
 
 
+Answer = Mapping[str, Any]
+
+_SUM = "x-amz-checksum-"
+
+
 class Body:
     """
     Bytes for two readers: botocore, which signs and sums a file, and aiohttp, which sends what it iterates over.
 
-    Given the bytes themselves, the event loop would copy whatever the socket does not take at once.
+    Given the bytes themselves, the event loop would copy whatever the socket does not take at once. And aiohttp would
+    send a PUT again by itself where a connection was cut: two requests, of which we would see one answer. This one can
+    be sent once.
     """
 
-    def __init__(self, data: bytearray) -> None:
+    def __init__(self, data: Buffer) -> None:
         self._data = memoryview(data)
         self._at = 0
+        self._is_sent = False
 
     def __len__(self) -> int:
         return len(self._data)
@@ -60,6 +70,9 @@ class Body:
         return self._at
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
+        if self._is_sent:
+            raise ConnectionError("the connection was cut while a request was sent")
+        self._is_sent = True
         for start in range(0, len(self._data), PIECE_NBYTES):
             yield self._data[start : start + PIECE_NBYTES]
 
@@ -75,7 +88,10 @@ class Parts:
         self._upload: str | None = None
         self._part = bytearray()
         self._sent: list[dict[str, object]] = []
-        self._in_flight: deque[tuple[int, bytearray, Future[Mapping[str, Any]]]] = deque()
+        self._in_flight: deque[tuple[int, bytearray, Future[Any]]] = deque()
+        self._sends_direct = False
+        self._senders: ThreadPoolExecutor | None = None
+        self._is_dropped = False
 
     def expect(self, nbytes: int) -> None:
         """Choose parts large enough for *nbytes*; refuse more than S3 can hold."""
@@ -97,12 +113,13 @@ class Parts:
 
     def finish(self) -> None:
         if self._upload is None:
-            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=Body(self._part))
+            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=self._part)
             return
         if self._part:
             self._send()
         while self._in_flight:
             self._collect()
+        self._end_senders()
         self._driver.create(
             self._path,
             "complete_multipart_upload",
@@ -112,8 +129,10 @@ class Parts:
         )
 
     def drop(self) -> None:
+        self._is_dropped = True  # what is being sent stops with the piece that it is at
         for _, _, future in self._in_flight:
             future.cancel()
+        self._end_senders()  # a part that arrived after the abort would stay on the server
         self._in_flight.clear()
         self._part = bytearray()
         upload, self._upload = self._upload, None
@@ -128,24 +147,63 @@ class Parts:
             )
         if self._upload is None:
             self._upload = self._driver.begin_upload(self._path, self._nonce)
-        if len(self._in_flight) >= max(1, IN_FLIGHT_NBYTES // self._part_nbytes):
+            self._sends_direct = self._driver.sends_direct(self._path)
+        at_once = max(1, IN_FLIGHT_NBYTES // self._part_nbytes)
+        if len(self._in_flight) >= at_once:
             self._collect()
-        self._in_flight.append((number, part, self._begin(number, part)))
+        self._in_flight.append((number, part, self._begin(number, part, at_once)))
         self._part = bytearray()
 
-    def _begin(self, number: int, part: bytearray) -> Future[Mapping[str, Any]]:
-        return self._driver.begin("upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part))
+    def _begin(self, number: int, part: bytearray, at_once: int) -> Future[Any]:
+        if self._sends_direct:
+            if self._senders is None:
+                self._senders = ThreadPoolExecutor(at_once, thread_name_prefix="ckptman-send")
+            with suppress(RuntimeError):  # the interpreter is about to end, and starts no thread any more
+                return self._senders.submit(self._send_direct, number, part)
+        return self._driver.begin("upload_part", self._path, **self._of(number), Body=part)
+
+    def _send_direct(self, number: int, part: bytearray) -> Answer | None:
+        """The answer; None where the client has to ask by itself."""
+        headers = self._driver.prepared("upload_part", self._path, **self._of(number), Body=part).sent(
+            self._pieces(part)
+        )
+        return None if headers is None else _answer_of(headers)
+
+    def _pieces(self, part: bytearray) -> Iterator[memoryview]:
+        whole = memoryview(part)
+        for start in range(0, len(part), PIECE_NBYTES):
+            if self._is_dropped:
+                raise ConnectionAbortedError(f"the upload of {self._path!r} was dropped")
+            yield whole[start : start + PIECE_NBYTES]
 
     def _collect(self) -> None:
         number, part, future = self._in_flight[0]
+        answer: Answer | None = None
         try:
             answer = self._driver.wait(future)
         except Exception as error:
             if not is_transient(error):
                 raise
-            answer = self._driver.call(
-                "upload_part", self._path, UploadId=self._upload, PartNumber=number, Body=Body(part)
-            )
+        if answer is None:
+            answer = self._driver.call("upload_part", self._path, **self._of(number), Body=part)
         self._in_flight.popleft()
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
+
+    def _of(self, number: int) -> dict[str, object]:
+        return {"UploadId": self._upload, "PartNumber": number}
+
+    def _end_senders(self) -> None:
+        senders, self._senders = self._senders, None
+        if senders is not None:
+            senders.shutdown()
+
+
+def _answer_of(headers: Mapping[str, str]) -> Answer | None:
+    """What the client would have made of *headers*, as far as it is asked for; None if they say too little."""
+    sums = {
+        f"Checksum{name[len(_SUM) :].upper()}": value
+        for name, value in headers.items()
+        if name.lower().startswith(_SUM) and name.lower() != f"{_SUM}type"
+    }
+    return {"ETag": headers["ETag"], **sums} if "ETag" in headers else None

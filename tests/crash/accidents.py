@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -13,8 +14,9 @@ from typing import Any, NoReturn, Self
 
 import safetensors.torch
 import torch
+from s3_server import Proxy
 
-from ckptman import CheckpointManager, FormatError, keep
+from ckptman import CheckpointManager, CkptmanError, CommitUnknown, FormatError, keep
 from ckptman.format.catalog import Entry
 from ckptman.pipeline.saving import environment
 from ckptman.repository.head import attempts, read_head
@@ -187,6 +189,56 @@ class Child:
     def __exit__(self, *error: object) -> None:
         self.kill()
         self._pipe.close()
+
+
+def saved(storage: Storage, step: int) -> bool | None:
+    """Whether a save of *step* was acknowledged; None if nobody knows."""
+    manager = CheckpointManager(storage, {"w": torch.full((9,), float(step))}, keep=keep.last(2), rng=False)
+    try:
+        manager.save(step, block=True)
+    except CommitUnknown:
+        return None
+    except CkptmanError as error:
+        print(f"step {step}: {error}")
+        return False
+    else:
+        return True
+    finally:
+        manager.close()
+
+
+def steps_of(storage: Storage) -> list[int]:
+    """What is listed; nothing was passed over, and the newest restores to what was saved."""
+    found = torch.zeros(9)
+    with warnings.catch_warnings(), CheckpointManager(storage, {"w": found}, rng=False) as manager:
+        warnings.simplefilter("error")
+        steps = [checkpoint.step for checkpoint in manager.checkpoints()]
+        manager.restore()
+    assert torch.equal(found, torch.full((9,), float(steps[-1])))
+    return steps
+
+
+def killed_at(proxy: Proxy, at: int, act: Callable[[Tell], object]) -> tuple[bool, int]:
+    """
+    Run ``act(tell)`` in a child that is killed when its request *at* reaches *proxy*, before that is passed on.
+
+    Returns:
+        Whether it told anything before, and how many requests were struck: none, if it sent fewer.
+    """
+    begun, victims = threading.Event(), list[int]()
+
+    def strike() -> None:
+        begun.wait()
+        os.kill(victims[0], signal.SIGKILL)
+
+    proxy.arm(at, strike=strike)
+    with Child(act) as child:
+        victims.append(child.pid)
+        begun.set()
+        has_told = bool(child.hear())
+    struck = proxy.struck
+    proxy.arm()
+    return has_told, struck
 
 
 def _fork() -> int:

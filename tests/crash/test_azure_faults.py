@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import secrets
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from accidents import Tell, in_child
-from azurite import KEY, connection_to
-from s3_server import Fault, Proxy, When, proxy_to
+from accidents import Tell, in_child, killed_at, saved, steps_of
+from azurite import KEY, azure_storage, connection_to
+from s3_server import FAULTS, Fault, Proxy, When, proxy_to
 
-from ckptman import CheckpointManager, CkptmanError, CommitUnknown, LockTimeout, StorageError, keep
+from ckptman import CheckpointManager, LockTimeout, StorageError
 from ckptman.repository import lease
 from ckptman.repository.ownership import take
 from ckptman.storage import azure
@@ -24,22 +22,9 @@ from ckptman.storage.retry import Retry
 
 adlfs = pytest.importorskip("adlfs", reason="needs the extra azure")
 
+LEAST_REQUESTS = 20
+STRIDE = 5
 MIB = 1 << 20
-
-
-@functools.cache
-def client_of(port: int) -> Any:
-    return adlfs.AzureBlobFileSystem(
-        connection_string=connection_to(port), skip_instance_cache=True, use_listings_cache=False
-    )
-
-
-def storage_at(port: int, root: str | None = None) -> ObjectStorage:
-    return ObjectStorage(
-        root or f"abfs://bucket/{secrets.token_hex(6)}",
-        filesystem=lambda: client_of(port),
-        retry=Retry(sleep=lambda seconds: None),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -48,40 +33,27 @@ def proxy(azure_port: int) -> Iterator[Proxy]:
         yield proxy
 
 
-def save(storage: ObjectStorage, step: int) -> bool | None:
-    """Whether a save of *step* was acknowledged; None if nobody knows."""
-    with CheckpointManager(storage, {"w": torch.full((9,), float(step))}, keep=keep.last(2), rng=False) as manager:
-        try:
-            manager.save(step, block=True)
-        except CommitUnknown:
-            return None
-        except CkptmanError as error:
-            print(f"step {step}: {error}")
-            return False
-        return True
-
-
-def steps_of(storage: ObjectStorage) -> list[int]:
-    found = torch.zeros(9)
-    with CheckpointManager(storage, {"w": found}, rng=False) as manager:
-        steps = [checkpoint.step for checkpoint in manager.checkpoints()]
-        manager.restore()
-    assert torch.equal(found, torch.full((9,), float(steps[-1])))
-    return steps
-
-
-@pytest.mark.parametrize(("fault", "when", "stride"), [("503", "before", 4), ("cut", "after", 2)])
-def test_requests_of_a_save_on_azure_fail_once(
-    azure_port: int, proxy: Proxy, fault: Fault, when: When, stride: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before or after it took effect (some, for time): sent again, acknowledged, and what is listed is whole."""
+@pytest.fixture
+def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer that dies is succeeded at once: what guards the root here is the catalog alone."""
     monkeypatch.setattr(lease, "LIFE_S", 0.0)
-    direct = storage_at(azure_port)
-    assert save(direct, 0)
+
+
+@pytest.mark.usefixtures("_short_leases")
+@pytest.mark.parametrize(("fault", "when"), FAULTS, ids=lambda value: value)
+def test_requests_of_a_save_on_azure_fail_once(azure_port: int, proxy: Proxy, fault: Fault, when: When) -> None:
+    """
+    Before or after it took effect: sent again, acknowledged, and what is listed is whole.
+
+    Every kind of fault strikes every fifth request, and each request is struck by at least one of the kinds: for time.
+    """
+    direct = azure_storage(azure_port)
+    assert saved(direct, 0)
     known = [0]
-    for at in range(1, 200, stride):
+    for at in range(1 + FAULTS.index((fault, when)) % STRIDE, 200, STRIDE):
+        storage = azure_storage(proxy.port, direct.url, read_timeout_s=0.3 if fault == "timeout" else 20)
         proxy.arm(at, fault, when)
-        acknowledged = save(storage_at(proxy.port, direct.url), at)
+        acknowledged = saved(storage, at)
         struck = proxy.struck
         proxy.arm()
         listed = steps_of(direct)
@@ -90,7 +62,30 @@ def test_requests_of_a_save_on_azure_fail_once(
         known = listed
         if not struck:
             break
-    assert at >= 20
+    assert at >= LEAST_REQUESTS
+
+
+@pytest.mark.usefixtures("_short_leases")
+def test_a_process_is_killed_in_mid_save_on_azure(azure_port: int, proxy: Proxy) -> None:
+    """At every fifth request: what was acknowledged stays, what was not is whole or absent, the next save goes on."""
+    direct = azure_storage(azure_port)
+    assert saved(direct, 0)
+    known = [0]
+    for at in range(1, 200, STRIDE):
+
+        def act(tell: Tell, at: int = at) -> None:
+            assert saved(azure_storage(proxy.port, direct.url), at)
+            tell("saved")
+
+        is_saved, struck = killed_at(proxy, at, act)
+        listed = steps_of(direct)
+        with_it = [*known, at][-2:]
+        assert listed in ([with_it] if is_saved else [known, with_it])
+        known = listed
+        if not struck:
+            break
+    assert is_saved
+    assert at >= LEAST_REQUESTS
 
 
 def test_a_file_goes_in_blocks_and_is_committed_create_only(
@@ -98,8 +93,8 @@ def test_a_file_goes_in_blocks_and_is_committed_create_only(
 ) -> None:
     """Whole and in order; nobody sees it before; of two uploads of one key the second to be committed is refused."""
     monkeypatch.setattr(azure, "BLOCK_NBYTES", MIB)
-    first = storage_at(proxy.port)
-    second = storage_at(azure_port, first.url)
+    first = azure_storage(proxy.port)
+    second = azure_storage(azure_port, first.url)
     first.create("a", b"")
     data = bytes(range(256)) * (5 * MIB // 512)
     proxy.arm()
@@ -117,7 +112,7 @@ def test_a_file_goes_in_blocks_and_is_committed_create_only(
 
 def test_what_azure_cannot_hold_is_refused_before_anything_is_sent(azure_port: int) -> None:
     """And up to there blocks are large enough for 50,000 of them to do."""
-    storage = storage_at(azure_port)
+    storage = azure_storage(azure_port)
     for nbytes in (1, 390 << 30, 5 << 40):
         with storage.open_new("f/a") as file:
             file.expect(nbytes)
@@ -129,19 +124,18 @@ def test_what_azure_cannot_hold_is_refused_before_anything_is_sent(azure_port: i
 
 def test_a_second_process_waits_for_a_writer_on_azure(azure_port: int) -> None:
     """It holds the lease, which another is told; one that was closed is succeeded at once."""
-    storage = storage_at(azure_port)
+    storage = azure_storage(azure_port)
     with CheckpointManager(storage, {"w": torch.ones(1)}) as manager:
         manager.save(1, block=True)
 
         def act(tell: Tell) -> None:
-            client_of.cache_clear()
             try:
-                take(storage_at(azure_port, storage.url), timeout_s=0)
+                take(azure_storage(azure_port, storage.url), timeout_s=0)
             except LockTimeout as error:
                 tell(str(error.pid))
 
         assert in_child(act).told == [str(os.getpid())]
-    take(storage_at(azure_port, storage.url), timeout_s=0).release()
+    take(azure_storage(azure_port, storage.url), timeout_s=0).release()
 
 
 def test_errors_of_azure_say_what_to_do(azure_port: int) -> None:

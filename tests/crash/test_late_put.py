@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from azurite import azure_storage
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+from s3_server import Fault, Proxy, S3Server, proxy_to
 
 from ckptman import CheckpointManager, keep
-from ckptman.errors import CommitUnknown
+from ckptman.errors import CommitUnknown, StorageError
 from ckptman.storage.object import ObjectStorage
 from ckptman.storage.retry import Retry
 
@@ -66,3 +70,34 @@ def test_a_commit_that_lands_after_it_was_given_up_lists_what_is_there(refusal: 
         assert found is not None
         assert (found.step, found.skipped) == (2, ())
         assert state["weight"].tolist() == [2, 2, 2]
+
+
+@pytest.fixture(params=["s3", "azure"])
+def proxied(request: pytest.FixtureRequest) -> Iterator[tuple[ObjectStorage, Proxy]]:
+    """A storage on a real server, and the proxy through which it is reached."""
+    is_s3 = request.param == "s3"
+    upstream = request.getfixturevalue("s3_server").port if is_s3 else request.getfixturevalue("azure_port")
+    with proxy_to(upstream) as proxy:
+        yield S3Server(port=upstream).storage(port=proxy.port) if is_s3 else azure_storage(proxy.port), proxy
+
+
+def test_no_client_sends_a_put_again_behind_our_back(proxied: tuple[ObjectStorage, Proxy]) -> None:
+    """
+    The connection is cut while a record's put is under way, and a later one is refused: the first may still land.
+
+    aiohttp sends a PUT again by itself when a connection that it kept is cut. Were that let happen, the refusal would
+    be the only answer that is seen, and the put would count as one that can never take effect.
+    """
+    storage, proxy = proxied
+    storage.create("a", b"")
+    faults: list[Fault] = ["cut", "403"]
+
+    def strike() -> None:
+        proxy.fault = faults.pop(0) if len(faults) > 1 else faults[0]
+
+    proxy.arm(1, "cut", "before", lasting=True, strike=strike)
+    with pytest.raises(StorageError) as caught:
+        storage.create("b", b"x")
+    assert "may not create" in str(caught.value)
+    assert caught.value.may_take_effect
+    assert [request.partition(" ")[0] for request in proxy.requests] == ["PUT", "PUT", "HEAD"]

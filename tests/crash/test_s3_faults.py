@@ -6,21 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 import torch
-from accidents import Child, Run, Tell, in_child, listing
+from accidents import Child, Run, Tell, in_child, killed_at, listing, saved, steps_of
 from s3_server import FAULTS, Fault, Proxy, S3Server, When, proxy_to
 
-from ckptman import CheckpointManager, CkptmanError, CommitUnknown, Fenced, LockTimeout, keep
+from ckptman import CheckpointManager, Fenced, LockTimeout
 from ckptman.repository import lease
 from ckptman.repository.ownership import take
 from ckptman.storage import s3_upload
-from ckptman.storage.base import KeyMissing, Storage, StorageError
+from ckptman.storage.base import KeyMissing, StorageError
 from ckptman.storage.object import ObjectStorage
 
 LEAST_REQUESTS = 26
@@ -39,33 +37,6 @@ def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "LIFE_S", 0.0)
 
 
-def save(storage: Storage, step: int) -> bool | None:
-    """Whether a save of *step* was acknowledged; None if nobody knows."""
-    manager = CheckpointManager(storage, {"w": torch.full((9,), float(step))}, keep=keep.last(2), rng=False)
-    try:
-        manager.save(step, block=True)
-    except CommitUnknown:
-        return None
-    except CkptmanError as error:
-        print(f"step {step}: {error}")
-        return False
-    else:
-        return True
-    finally:
-        manager.close()
-
-
-def steps_of(storage: Storage) -> list[int]:
-    """What is listed; nothing was passed over, and the newest restores to what was saved."""
-    found = torch.zeros(9)
-    with warnings.catch_warnings(), CheckpointManager(storage, {"w": found}, rng=False) as manager:
-        warnings.simplefilter("error")
-        steps = [checkpoint.step for checkpoint in manager.checkpoints()]
-        manager.restore()
-    assert torch.equal(found, torch.full((9,), float(steps[-1])))
-    return steps
-
-
 covered: dict[tuple[Fault, When], int] = {}
 
 
@@ -74,12 +45,12 @@ def test_every_request_of_a_save_fails_once(s3_server: S3Server, proxy: Proxy, f
     """Before or after it took effect: the save commits or raises, never lies, and what is listed is whole."""
     direct = s3_server.storage()
     root = direct.url
-    assert save(direct, 0)
+    assert saved(direct, 0)
     known = [0]
     for at in range(1, 200):
         storage = s3_server.storage(root, port=proxy.port, read_timeout_s=0.2 if fault == "timeout" else 20)
         proxy.arm(at, fault, when)
-        acknowledged = save(storage, at)
+        acknowledged = saved(storage, at)
         struck = proxy.struck
         proxy.arm()
         listed = steps_of(direct)
@@ -94,7 +65,7 @@ def test_every_request_of_a_save_fails_once(s3_server: S3Server, proxy: Proxy, f
 
 
 def test_the_sweep_did_not_shrink() -> None:
-    """At least 200 faults were struck, in all eight ways."""
+    """At least 200 faults were struck, in all nine ways."""
     if set(covered) != set(FAULTS):
         pytest.skip("counts what the whole sweep covered")
     print(f"{sum(covered.values())} faults: {covered}")
@@ -105,12 +76,12 @@ def test_the_sweep_did_not_shrink() -> None:
 def test_every_request_fails_from_some_on(s3_server: S3Server, proxy: Proxy, fault: Fault, when: When) -> None:
     """The same for a server that goes away in the middle of a save, and stays away until it has failed."""
     direct = s3_server.storage()
-    assert save(direct, 0)
+    assert saved(direct, 0)
     known, answers = [0], set()
     for at in range(1, 200, 2):
         storage = s3_server.storage(direct.url, port=proxy.port)
         proxy.arm(at, fault, when, lasting=True)
-        acknowledged = save(storage, at)
+        acknowledged = saved(storage, at)
         struck = proxy.struck
         proxy.arm()
         listed = steps_of(direct)
@@ -175,26 +146,15 @@ def open_uploads(storage: ObjectStorage) -> int:
 def test_a_process_is_killed_at_every_request(s3_server: S3Server, proxy: Proxy) -> None:
     """What was acknowledged stays, what was not is whole or absent, and the next save goes on."""
     direct = s3_server.storage()
-    assert save(direct, 0)
+    assert saved(direct, 0)
     known = [0]
     for at in range(1, 200):
-        begun, victims = threading.Event(), list[int]()
 
         def act(tell: Tell, at: int = at) -> None:
-            assert save(s3_server.storage(direct.url, port=proxy.port), at)
+            assert saved(s3_server.storage(direct.url, port=proxy.port), at)
             tell("saved")
 
-        def strike(begun: threading.Event = begun, victims: list[int] = victims) -> None:
-            begun.wait()
-            os.kill(victims[0], signal.SIGKILL)
-
-        proxy.arm(at, strike=strike)
-        with Child(act) as child:
-            victims.append(child.pid)
-            begun.set()
-            is_saved = child.hear() == "saved"
-        struck = proxy.struck
-        proxy.arm()
+        is_saved, struck = killed_at(proxy, at, act)
         listed = steps_of(direct)
         with_it = [*known, at][-2:]
         assert listed in ([with_it] if is_saved else [known, with_it])

@@ -141,6 +141,51 @@ def test_models_that_began_equal_and_drifted_apart_come_back_to_their_ranks(tmp_
     assert zero != one
 
 
+def _pipeline(rank: int, root: str) -> dict[str, Any]:
+    """Ranks 0 and 1 train the first stage together, rank 2 the second one: plain tensors under names of their own."""
+    torch.manual_seed(3)
+    stages = [torch.nn.Embedding(4000, 16), torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64))]
+    number = rank // 2
+    model = torch.nn.ModuleDict({f"stage{number}": stages[number]})
+    weight = next(model.parameters())
+    found: dict[str, Any] = {}
+    with CheckpointManager(root, {"model": model}, rng=False) as manager:
+        sharing = manager._starting.sharing
+        manager.save(1, block=True)
+        plan = sharing._plan
+        assert plan is not None
+        found["groups"] = sorted(set(plan.groups))
+        with torch.no_grad():
+            weight.add_(1)  # as all who hold it do
+        manager.save(2, block=True)
+        found["plan serves on"] = sharing._plan is plan
+        with torch.no_grad():
+            weight.view(-1)[30_000:32_000] += rank  # in the middle: now 0 and 1 differ
+        manager.save(3, block=True)
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        manager.restore()
+        found["restored"] = torch.equal(weight, before)
+        found["middle"] = weight.view(-1)[30_000 % weight.numel()].item()
+    return found
+
+
+def test_stages_of_a_pipeline_are_compared_only_with_their_replicas(tmp_path: Path) -> None:
+    """A plan serves on though no two stages hold the same; and drift between the replicas of one stage is seen."""
+    root = str(tmp_path / "root")
+    zero, one, two = run(tmp_path, 3, _pipeline, root)
+    assert zero["groups"] == one["groups"] == [0]
+    assert two["groups"] == [-1]
+    for found in (zero, one, two):
+        assert found["plan serves on"]
+        assert found["restored"]
+    assert zero["middle"] != one["middle"]
+    repository = Repository(LocalStorage(root))
+    names = {tensor.name for tensor in repository.manifest(repository.entries()[-1]).tensors}
+    assert own(names) == ["model.rank-00001/stage0.weight"]
+
+
 def test_on_another_number_of_ranks(tmp_path: Path) -> None:
     """Streams are seeded anew, reproducibly; a loader is refused unless it can spread, or it is asked to be left."""
     root = str(tmp_path / "root")

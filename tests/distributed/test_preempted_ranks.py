@@ -18,6 +18,7 @@ from fleet import run
 
 from ckptman import (
     CheckpointManager,
+    Coordinator,
     FilesCoordinator,
     Preempted,
     Preemption,
@@ -139,6 +140,53 @@ def test_ranks_at_different_steps_and_a_lost_one_are_said_to_all(tmp_path: Path)
     assert first[1] == "nothing"
     assert "rank 1 (host" in first[2]
     assert first[2].endswith("/ [1]")
+
+
+class Interrupting:
+    """A coordinator that gets Ctrl-C for its process as soon as it has the answer numbered *at*; it notes all steps."""
+
+    def __init__(self, ranks: Coordinator, at: int) -> None:
+        self.rank, self.world_size, self.host = ranks.rank, ranks.world_size, ranks.host
+        self.steps: list[int] = []
+        self._ranks = ranks
+        self._at = at
+
+    def agree(self, value: bytes) -> list[bytes]:
+        votes = self._ranks.agree(value)
+        self.steps.append(json.loads(votes[0])["step"])
+        if len(self.steps) == self._at:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)  # the main thread is not here
+        return votes
+
+
+def _interrupted(rank: int, root: str, victim: int) -> dict[str, Any]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    found: dict[str, Any] = {"interrupts": 0}
+    boundary.INTERVAL_S, boundary.SHARE = 0.1, 1.0  # often, also on a busy machine: for this process, a child
+    ranks = TorchCoordinator(patience_s=5)
+    with CheckpointManager(root, {"x": torch.zeros(2)}, coordinator=ranks) as manager:
+        asked = Interrupting(manager._boundary._coordinator, 3 if rank == victim else 0)
+        manager._boundary._coordinator = asked  # type: ignore[assignment]
+        for step in range(1, 150):
+            dist.all_reduce(torch.ones(1))
+            time.sleep(0.005)
+            try:
+                manager.maybe_save(step)
+            except KeyboardInterrupt:
+                found["interrupts"] += 1
+        found["steps"] = asked.steps
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_interrupted_in_an_agreement_asks_when_the_others_do(tmp_path: Path, victim: int) -> None:
+    """Ctrl-C that the program catches, with the answer on its way: nobody waits for the other in training."""
+    found = run(tmp_path, 2, _interrupted, str(tmp_path / "root"), victim)
+    assert [one["interrupts"] for one in found] == [rank == victim for rank in range(2)]
+    assert found[0]["steps"] == found[1]["steps"]
+    assert len(found[0]["steps"]) > 5
 
 
 def _cost(rank: int, root: str) -> tuple[float, float]:

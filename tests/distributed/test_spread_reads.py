@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ckptman import CheckpointManager, CkptmanError, StorageError
 from ckptman.pipeline import spreading
+from ckptman.storage.driver import get_each
 from ckptman.storage.local import LocalStorage
 
 RANKS = 4
@@ -29,6 +31,9 @@ class Distant(LocalStorage):
     read_nbytes = 16 << 20
     got_nbytes = 0
     fails = False
+
+    def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
+        return get_each(self.read_into, key, start, into)
 
     def read_into(self, key: str, start: int, into: memoryview) -> int:
         if self.fails and len(into) > 1 << 20:

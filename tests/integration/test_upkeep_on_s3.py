@@ -12,7 +12,7 @@ from s3_server import S3Server
 from ckptman import CheckpointManager, Mirror, keep
 from ckptman.doctor import costs, exclusion
 from ckptman.doctor.examining import examine
-from ckptman.repository.copying import begin
+from ckptman.pipeline.copying import begin
 from ckptman.repository.counterparts import missing
 from ckptman.repository.repository import Repository
 from ckptman.repository.verify import verify

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +58,13 @@ def test_a_file_of_the_last_time_is_no_notice_until_it_is_written_anew(tmp_path:
     os.utime(file, ns=(7, 7))
     clock.at += 5
     assert watch.look() == f"the file {file}"
+    again = clock.watch(Preemption(file=file))
+    other = tmp_path / "other"
+    other.touch()
+    os.utime(other, ns=(7, 7))
+    other.replace(file)
+    clock.at += 5
+    assert again.look() == f"the file {file}", "another one of the same age"
 
 
 @pytest.mark.parametrize("kind", ["seconds", "datetime", "slurm"])
@@ -74,6 +83,13 @@ def test_a_deadline_is_a_notice_when_the_save_must_begin(kind: str) -> None:
     slow.took(16.0)
     assert slow.look() == "the deadline in 31 s"
     assert watch.look() == "the deadline in 31 s", "a step took 969 s: the next call would come too late"
+    clock.at = end - 350
+    uneven = clock.watch(Preemption(deadline=end))
+    for step_s in (0, 100, 1):
+        clock.at += step_s
+        assert uneven.look() is None
+    clock.at = end - 200
+    assert uneven.look() == "the deadline in 200 s", "the longest step counts, not the last one"
     steady = clock.watch(Preemption(deadline=end))
     clock.at = end - 30
     assert steady.look() == "the deadline in 30 s"
@@ -105,6 +121,7 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     caplog.clear()
     fast = clock.watch(Preemption(grace_s=30.0))
     fast.took(20.0)
+    fast.took(1.0)
     fast.signals.received = "SIGTERM"
     assert fast.look() == "SIGTERM"
     clock.at += 9
@@ -113,6 +130,26 @@ def test_a_save_that_takes_longer_than_the_grace_is_warned_about(caplog: pytest.
     clock.at += 2
     fast.hear("SIGTERM")
     assert "a save took up to 20 s here, and about 19 s are left" in caplog.text
+    caplog.clear()
+    hurried = clock.watch(Preemption(deadline=clock.at + 15, grace_s=30.0))
+    hurried.took(20.0)
+    hurried.hear("SIGTERM")
+    assert "about 15 s are left" in caplog.text, "the deadline comes before the grace is over"
+
+
+def test_a_rank_that_hears_of_a_notice_from_another_counts_from_then_on(caplog: pytest.LogCaptureFixture) -> None:
+    """It knows that the end is near, says the same in every later look, and its grace has begun."""
+    clock = Clock()
+    watch = clock.watch(Preemption(grace_s=30.0))
+    watch.took(20.0)
+    assert not watch.has_noticed
+    watch.hear("SIGUSR1 (on rank 1)")
+    assert watch.has_noticed
+    assert watch.look() == "SIGUSR1 (on rank 1)"
+    assert not caplog.records
+    clock.at += 11
+    watch.hear("SIGUSR1 (on rank 1)")
+    assert "about 19 s are left" in caplog.text
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -140,6 +177,43 @@ def test_a_deadline_saves_commits_and_exits_with_75(tmp_path: Path) -> None:
     latest = CheckpointManager(tmp_path).latest()
     assert latest is not None
     assert (latest.step, latest.preempted) == (1, True)
+
+
+def test_training_off_the_main_thread_listens_to_no_signal_and_saves_all_the_same(tmp_path: Path) -> None:
+    """Python lets only the main thread install handlers; a deadline is heard there too."""
+    before = signal.getsignal(signal.SIGTERM)
+    raised: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            with CheckpointManager(tmp_path, {"x": torch.ones(1)}, preemption=Preemption(deadline=1.0)) as manager:
+                manager.maybe_save(1)
+        except BaseException as error:  # noqa: BLE001 - Preempted ends threads in silence
+            raised.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join(30)
+    assert [type(error) for error in raised] == [Preempted]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_that_was_put_on_top_stays_when_the_manager_closes(tmp_path: Path) -> None:
+    """It may hand on to ours, which then does what was done before us."""
+    heard: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append("below"))
+    try:
+        with CheckpointManager(tmp_path, {"x": torch.ones(1)}) as manager:
+            manager.maybe_save(1)
+            ours = signal.getsignal(signal.SIGUSR1)
+            assert callable(ours)
+            on_top = lambda number, frame: (heard.append("on top"), ours(number, frame))
+            signal.signal(signal.SIGUSR1, on_top)
+        assert signal.getsignal(signal.SIGUSR1) is on_top
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert heard == ["on top", "below"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(

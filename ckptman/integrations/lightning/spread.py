@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -14,8 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from ckptman.integrations.documents import DOCUMENT, Part, rest_of, without_parts
 from ckptman.integrations.files import tag_of
-from ckptman.integrations.lightning.paths import locate, split
-from ckptman.integrations.lightning.together import Together
+from ckptman.integrations.lightning.paths import split
+from ckptman.integrations.lightning.together import Loading, Together
+from ckptman.repository.repository import Which
 
 _STATES = ("state_dict", "optimizer_states")
 
@@ -43,8 +42,7 @@ class SpreadSaves:
         self._weights_only = weights_only
         self._document = Part({})
         self.together = Together(trainer.strategy, self._state)
-        self._load_other = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]  # until close() takes it away
+        self._loading = Loading(trainer.strategy, self.load)
 
     def save(self, path: str, metrics: Mapping[str, float]) -> None:
         """Save as *path*, with the *metrics* of rank 0. Returns once it is staged; raises on all ranks alike."""
@@ -58,19 +56,13 @@ class SpreadSaves:
         self._document.content = without_parts(document, {"state_dict": "model"})
         manager.save(trainer.global_step, tags=[tag_of(name)], metrics=trainer.strategy.broadcast(dict(metrics)))
 
-    def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load(self, root: str, which: Which, weights_only: bool | None = None) -> dict[str, Any]:
         """
-        Restore *checkpoint_path* into the live objects, and give Lightning the rest.
-
-        A path of no root is left to the strategy.
+        Restore *which* of *root* into the live objects, and give Lightning the rest.
 
         Raises:
             StateMismatch, IntegrityError, StorageError: As `CheckpointManager.restore`, on all ranks alike.
         """
-        place = locate(self._trainer.strategy.broadcast(os.fspath(checkpoint_path)))
-        if place is None:
-            return self._load_other(checkpoint_path, weights_only)
-        root, which = place
         is_resumed = self._trainer.state.fn == TrainerFn.FITTING
         self.together.at(root).restore(
             which,
@@ -85,7 +77,7 @@ class SpreadSaves:
 
         Raises what a save failed with.
         """
-        vars(self._trainer.strategy).pop("load_checkpoint", None)
+        self._loading.stop()
         self.together.leave(error)
 
     def _state(self) -> dict[str, object]:

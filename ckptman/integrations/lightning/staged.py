@@ -7,7 +7,6 @@ at once, durable, retained. On the way back they are laid out in a folder again,
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,9 +19,10 @@ from lightning.pytorch import Trainer
 from ckptman.errors import FormatError, StateMismatch
 from ckptman.integrations.documents import Part
 from ckptman.integrations.files import tag_of
-from ckptman.integrations.lightning.paths import locate, split
+from ckptman.integrations.lightning.paths import split
 from ckptman.integrations.lightning.random_streams import gather_over
-from ckptman.integrations.lightning.together import Together
+from ckptman.integrations.lightning.together import Loading, Together
+from ckptman.repository.repository import Which
 from ckptman.state.tensors import as_bytes
 
 FILES = "files"
@@ -66,8 +66,7 @@ class StagedSaves:
         self._folder = Path(trainer.default_root_dir).absolute() / _FOLDER
         self._files = Part({})
         self.together = Together(trainer.strategy, lambda: {FILES: self._files})
-        self._load_other = trainer.strategy.load_checkpoint
-        trainer.strategy.load_checkpoint = self.load  # type: ignore[method-assign]  # until close() takes it away
+        self._loading = Loading(trainer.strategy, self.load)
 
     def save(self, path: str, metrics: Mapping[str, float]) -> None:
         """Save as *path*, with the *metrics* of rank 0. Returns once it is committed; raises on all ranks alike."""
@@ -91,9 +90,9 @@ class StagedSaves:
             self._files.content = {}
         self._clear(folder)
 
-    def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load(self, root: str, which: Which, weights_only: bool | None = None) -> dict[str, Any]:
         """
-        Lay the files of *checkpoint_path* out, and let the strategy load them. A path of no root is left to it.
+        Lay the files of *which* of *root* out, and let the strategy load them.
 
         Raises:
             StateMismatch: They were saved by another number of ranks.
@@ -101,10 +100,6 @@ class StagedSaves:
             IntegrityError, StorageError: As `CheckpointManager.restore`, on all ranks alike.
         """
         strategy = self._trainer.strategy
-        place = locate(strategy.broadcast(os.fspath(checkpoint_path)))
-        if place is None:
-            return self._load_other(checkpoint_path, weights_only)
-        root, which = place
         self.together.at(root).restore(which)
         content, self._files.content = self._files.content, {}
         name, files = _checked(content, self._trainer.world_size)
@@ -114,7 +109,7 @@ class StagedSaves:
             (folder / relative).parent.mkdir(parents=True, exist_ok=True)
             (folder / relative).write_bytes(as_bytes(data))
         strategy.barrier()
-        found = self._load_other(folder / name, weights_only)
+        found = self._loading.theirs(folder / name, weights_only)
         self._clear(folder)
         return found
 
@@ -124,7 +119,7 @@ class StagedSaves:
 
         Raises what a save failed with.
         """
-        vars(self._trainer.strategy).pop("load_checkpoint", None)
+        self._loading.stop()
         self.together.leave(error)
 
     def _own_files(self, folder: Path) -> Sequence[str]:

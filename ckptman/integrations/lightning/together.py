@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies import Strategy
 
 from ckptman.integrations.files import named, tag_of
-from ckptman.integrations.lightning.paths import split
+from ckptman.integrations.lightning.paths import locate, split
 from ckptman.manager import CheckpointManager
+from ckptman.repository.repository import Which
+
+Load = Callable[[str, Which, bool | None], dict[str, Any]]
+"""Loads a checkpoint of a root: the root, which one, and Lightning's ``weights_only``."""
+
+
+class Loading:
+    """
+    Stands in for ``load_checkpoint`` of *strategy* until `stop`: what lies in a root goes to *ours*, on every rank the
+    same; any other path is left to the strategy.
+
+    Attributes:
+        theirs: What the strategy itself does.
+    """
+
+    def __init__(self, strategy: Strategy, ours: Load) -> None:
+        self._strategy = strategy
+        self._ours = ours
+        self.theirs = strategy.load_checkpoint
+        strategy.load_checkpoint = self.load  # type: ignore[method-assign]  # until stop() takes it away
+
+    def load(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """What Lightning calls. Collective."""
+        place = locate(self._strategy.broadcast(os.fspath(checkpoint_path)))
+        if place is None:
+            return self.theirs(checkpoint_path, weights_only)
+        return self._ours(*place, weights_only)
+
+    def stop(self) -> None:
+        """Give the strategy its own method back."""
+        vars(self._strategy).pop("load_checkpoint", None)
 
 
 class Together:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from ckptman.coordinator import Solo
 from ckptman.errors import FormatError, SaveFailed
 from ckptman.integrations.transformers.parts import metrics_of
-from ckptman.integrations.transformers.ranks import Ranks
+from ckptman.integrations.transformers.processes import Processes
 from ckptman.manager import CheckpointManager
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.keep import Keep
@@ -58,7 +58,7 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
         self._files: dict[str, np.ndarray] = {}
-        self._ranks: Ranks | None = None
+        self._ranks: Processes | None = None
         self._manager = CheckpointManager(
             root,
             {FILES: self._files},
@@ -71,7 +71,7 @@ class CkptmanCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Meet the other ranks."""
-        self._ranks = Ranks()
+        self._ranks = Processes()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *rest: Any, **more: Any) -> None:
         """Copy what was just saved. Raises as ``CheckpointManager.save``."""

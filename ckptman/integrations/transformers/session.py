@@ -17,7 +17,7 @@ from ckptman.errors import Preempted
 from ckptman.format.values import from_json, to_json
 from ckptman.integrations.transformers.choosing import BEST, Resume, choose
 from ckptman.integrations.transformers.parts import Held, configs, metrics_of, rank_values, trainer_values
-from ckptman.integrations.transformers.ranks import Ranks
+from ckptman.integrations.transformers.processes import Processes
 from ckptman.manager import CheckpointManager
 from ckptman.pipeline.budget import Limits
 from ckptman.preemption import Notices
@@ -45,7 +45,7 @@ class Session:
 
     def __init__(self, storage: Storage, *, resume: Resume, keep: Keep, lock_timeout: float) -> None:
         self._storage = storage
-        self._ranks = Ranks()
+        self._ranks = Processes()
         self._keep = keep
         self._lock_timeout_s = lock_timeout
         self._manager: CheckpointManager | None = None

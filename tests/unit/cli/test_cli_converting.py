@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_roots import Run, everything
+from safetensors.torch import save_file
 
 from ckptman.convert import export_checkpoint, import_checkpoint
 
@@ -52,6 +53,23 @@ def test_failures_have_their_exit_codes(run: Run, root: Path, source: Path, tmp_
     assert run("export", root, 10, tmp_path / "out", "--to", "nothing").code == 2
     assert run("export", root, 10, source, "--to", "torch").code == 1  # exists
     assert everything(root) == before
+
+
+def test_weights_alone_are_imported_only_on_request(run: Run, tmp_path: Path) -> None:
+    """A directory of the Trainer without its optimizer exits 4, names what is missing and a way that works."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    save_file({"w": torch.ones(2, 3)}, folder / "model.safetensors")
+    (folder / "trainer_state.json").write_text('{"global_step": 3}')
+    ran = run("import", tmp_path / "new", folder)
+    assert ran.code == 4
+    assert "optimizer.pt, scheduler.pt, rng_state.pth missing" in ran.err
+    assert "--partial" in ran.err
+    assert not (tmp_path / "new").exists()
+    ran = run("import", tmp_path / "new", folder, "--partial")
+    assert ran.code == 0
+    assert "left out: optimizer.pt: missing in the source" in ran.err
+    assert "as step 3" in ran.out
 
 
 def test_a_url_is_no_place_for_a_file(run: Run, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

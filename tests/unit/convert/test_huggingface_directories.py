@@ -178,6 +178,27 @@ def test_a_partial_directory_is_refused(folder: Path, name: str) -> None:
     assert not (folder.parent / "root").exists()
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_run_that_cannot_go_on_exactly_is_imported_only_on_request(folder: Path, name: str) -> None:
+    """A Trainer's directory that lacks what it always writes is refused; ``partial`` takes the rest, and says so."""
+    (folder / name).unlink()
+    with pytest.raises(FormatError, match=rf"incomplete: {name} missing.*--partial"):
+        import_checkpoint(folder.parent / "root", folder)
+    assert not (folder.parent / "root").exists()
+    imported = import_checkpoint(folder.parent / "root", folder, partial=True)
+    assert f"{name}: missing in the source" in imported.left_out
+    assert "model" in imported.kinds
+
+
+def test_a_rank_whose_random_streams_are_missing_is_named(folder: Path) -> None:
+    """Streams of ranks 0 and 2 are not those of two ranks: one file is gone."""
+    for rank in (0, 2):
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{rank}.pth")
+    (folder / "rng_state.pth").unlink()
+    with pytest.raises(FormatError, match=r"rng_state_1\.pth missing"):
+        import_checkpoint(folder.parent / "root", folder)
+
+
 class Bomb:
     def __init__(self, mark: str) -> None:
         self.mark = mark

@@ -141,6 +141,10 @@ def test_what_is_wrong_with_a_directory_of_accelerate_is_told(saved: Any, tmp_pa
         with pytest.raises(UnsupportedState, match=r"posix\.mkdir"):
             import_checkpoint(tmp_path / "other", folder, step=3)
         (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
+    for name in ("random_states_0.pkl", "random_states_1.pkl"):
+        (folder / name).unlink()
+    with pytest.raises(FormatError, match=r"incomplete: random_states_0\.pkl missing"):
+        import_checkpoint(tmp_path / "other", folder, step=3)
     (folder / "model.safetensors").unlink()
     with pytest.raises(FormatError, match="has no weights"):
         import_checkpoint(tmp_path / "other", folder, step=3)

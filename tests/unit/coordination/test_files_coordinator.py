@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -161,6 +162,28 @@ def test_a_killed_rank_is_named_and_a_live_one_is_not(scratch: Path) -> None:
     os.waitpid(pid, 0)
     assert first == second
     assert max(first_s, second_s) < 15
+
+
+def test_a_rank_that_lives_and_does_not_come_is_given_up() -> None:
+    """After the patience that was asked for, with its number and the same words on both; then they go on."""
+    storage = MemoryStorage("patience")
+
+    def rank(number: int) -> list[str]:
+        with FilesCoordinator(storage, rank=number, world_size=2, job="a", patience_s=2.5) as ranks:
+            ranks.agree(b"here")
+            if number:
+                gone_on.wait(30)
+            with pytest.raises(RankLost) as caught:
+                ranks.agree(b"again")
+            gone_on.set()
+            assert caught.value.ranks == (1,)
+            return [str(caught.value), *map(bytes.decode, ranks.agree(b"and again"))]
+
+    gone_on = threading.Event()
+    first, second = results(started(2, rank))
+    assert first == second
+    assert "did not come within" in first[0]
+    assert first[1:] == ["and again"] * 2
 
 
 def test_two_processes_that_say_they_are_one_rank_never_both_take_part(storage: Storage) -> None:

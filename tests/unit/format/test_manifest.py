@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
@@ -159,6 +161,20 @@ def test_a_broken_rule_is_a_telling_format_error(manifest: Manifest, change: Cha
     assert not isinstance(caught.value, Torn)
     assert str(caught.value).startswith(f"{ATTEMPT}/manifest.json breaks the format: ")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [rule[1:] for rule in RULES], ids=[rule[0] for rule in RULES])
+def test_a_rule_holds_for_a_tensor_like_one_before_too(manifest: Manifest, change: Change, message: str) -> None:
+    """What is usual is passed over quickly: of a dtype and shape that came before, and all else as it should be."""
+
+    def change_the_second(body: Any) -> None:
+        first = {**copy.deepcopy(body["tensors"][2]), "name": "model/first"}
+        change(body)
+        if body.get("tensors"):
+            body["tensors"].insert(0, first)
+
+    with pytest.raises(FormatError, match=re.escape(message)):
+        read_manifest(changed(manifest, change_the_second), ATTEMPT)
 
 
 def test_the_rules_are_all_there() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ckptman import Limits
-from ckptman.pipeline.arena import SLOT_NBYTES, Arena, pages
+from ckptman.pipeline.arena import SLOT_NBYTES, Arena, Slot, pages
 from ckptman.pipeline.budget import free_nbytes
 
 
@@ -65,6 +65,24 @@ def test_who_needs_a_slot_beyond_the_budget_waits_for_one() -> None:
     assert got == [first]
 
 
+def test_a_lost_slot_makes_room_for_another_and_is_never_taken_again() -> None:
+    """Who waits for it gets a fresh one; it is dropped when it comes back; one that is free cannot be lost."""
+    arena = Arena(SLOT_NBYTES)
+    lost = arena.take(wanted=9)
+    got: list[Slot] = []
+    taker = threading.Thread(target=lambda: got.append(arena.take(wanted=9)))
+    taker.start()
+    arena.lose(lost)
+    taker.join(30)
+    assert len(got) == 1
+    assert got[0] is not lost
+    arena.give_back(lost)
+    arena.give_back(got[0])
+    arena.lose(got[0])
+    assert arena.take(wanted=9) is got[0]
+    assert (arena.in_use(), arena._held, arena._lost) == (1, 1, set())
+
+
 def test_prefault_touches_memory_ahead_and_can_be_stopped() -> None:
     """What was touched counts as held and is used first; stop joins the thread."""
     arena = Arena(8 * SLOT_NBYTES)
@@ -103,6 +121,12 @@ def test_a_system_without_memory_gives_a_smaller_ring_said_once(
     assert arena.capacity() == 2
     assert len(caplog.records) == 1
     assert "32 MiB" in caplog.text
+    arena.give_back(slots.pop())
+    arena.trim(1)
+    left = 0
+    assert not arena.reserve(2), "which is refused again"
+    assert arena.capacity() == 1
+    assert len(caplog.records) == 1
 
 
 def test_no_memory_at_all_is_an_error() -> None:

@@ -109,7 +109,14 @@ def change_moments(state: dict[str, Any]) -> None:
         values["exp_avg"].mul_(2)
 
 
-@pytest.mark.parametrize("change", [clip, load, change_moments])
+def step_by_hand(state: dict[str, Any]) -> None:
+    forward_backward(state)
+    with torch.no_grad():
+        for parameter in state["model"].parameters():
+            parameter.sub_(0.1 * parameter.grad)
+
+
+@pytest.mark.parametrize("change", [clip, load, change_moments, step_by_hand])
 @pytest.mark.parametrize("open_first", [True, False], ids=["after-the-copy", "before-the-copy"])
 def test_changes_before_the_next_step_fail_loudly_or_are_not_in_the_checkpoint(
     tmp_path: Path, gate: Gate, change: Callable[[dict[str, Any]], None], open_first: bool
@@ -130,6 +137,27 @@ def test_changes_before_the_next_step_fail_loudly_or_are_not_in_the_checkpoint(
         change(state)
         pending.result(30)
     assert same(restored(tmp_path, 2), expected)
+
+
+@pytest.mark.parametrize("how", ["optimizer.load_state_dict", "new tensors"])
+def test_what_is_replaced_before_the_copy_is_saved_as_it_was(tmp_path: Path, gate: Gate, how: str) -> None:
+    """Other tensors take the place of those that were captured, which nobody changes: the save is right."""
+    state = training()
+    with CheckpointManager(tmp_path, state, overlap=True) as manager:
+        pending = manager.save(1)
+        expected = copied(state)
+        if how == "new tensors":
+            for values in state["optimizer"].state.values():
+                values["exp_avg"] = values["exp_avg"] + 1
+        else:
+            other = training()
+            forward_backward(other)
+            other["optimizer"].step()
+            state["optimizer"].load_state_dict(other["optimizer"].state_dict())
+        gate.open.set()
+        pending.result(30)
+    assert not same(copied(state), expected)
+    assert same(restored(tmp_path, 1), expected)
 
 
 def test_several_optimizers_accumulation_scaler_and_scheduler(tmp_path: Path, gate: Gate) -> None:

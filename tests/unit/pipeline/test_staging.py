@@ -14,7 +14,7 @@ import torch
 
 from ckptman import CheckpointManager, Limits, SaveFailed
 from ckptman.errors import StorageError
-from ckptman.events import Staged
+from ckptman.events import SaveErred, Staged
 from ckptman.pipeline.arena import SLOT_NBYTES, pages
 from ckptman.pipeline.planning import Part, Planner, Run
 from ckptman.state.capture import Leaf
@@ -165,7 +165,10 @@ def test_ctrl_c_while_staging_commits_nothing(tmp_path: Path, slots: int, monkey
 
     state = {"x": torch.randn(10 * MIB)}
     before = {thread.name for thread in threading.enumerate()}
-    with CheckpointManager(tmp_path, state, limits=Limits(host_nbytes=slots * SLOT_NBYTES)) as manager:
+    erred: list[SaveErred] = []
+    watch = lambda event: erred.append(event) if isinstance(event, SaveErred) else None
+    limits = Limits(host_nbytes=slots * SLOT_NBYTES)
+    with CheckpointManager(tmp_path, state, limits=limits, hooks=[watch]) as manager:
         manager.save(1).result(60)
         state["x"].add_(1)
         copies = 0
@@ -184,6 +187,10 @@ def test_ctrl_c_while_staging_commits_nothing(tmp_path: Path, slots: int, monkey
         monkeypatch.undo()
         manager.wait()
         assert [c.step for c in manager.checkpoints()] == [1]
+        if slots == 1:  # then it was being written meanwhile, and whoever watches is told why that ended
+            assert [str(event.error) for event in erred] == [
+                "saving step 2 failed, nothing was committed: staging stopped: KeyboardInterrupt()"
+            ]
         assert manager.save(3).result(60).step == 3
     assert {thread.name for thread in threading.enumerate()} <= before
 

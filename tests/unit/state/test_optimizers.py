@@ -317,6 +317,22 @@ def test_an_optimizer_with_a_format_of_its_own_is_just_stateful() -> None:
     assert (resumed.got, resumed.param_groups[0]["lr"]) == (7, 0.25)
 
 
+@pytest.mark.parametrize("is_standard", [True, False])
+def test_the_optimizer_is_asked_for_its_state_once(is_standard: bool) -> None:
+    """Two answers may differ, and each may be expensive."""
+    asked = []
+
+    class Counting(torch.optim.SGD):
+        def state_dict(self) -> dict[str, Any]:
+            asked.append(self)
+            return super().state_dict() if is_standard else {"asked": len(asked)}
+
+    model = nn.Linear(2, 2)
+    captured = capture({"model": model, "optimizer": Counting(model.parameters(), lr=0.1)}, rng=False)
+    assert captured["optimizer"].kind == ("optimizer" if is_standard else "stateful")
+    assert len(asked) == 1
+
+
 def test_hooks_of_the_optimizer_run() -> None:
     """A restore goes through load_state_dict, so its hooks see it."""
     net = nn.Linear(2, 2)

@@ -97,6 +97,7 @@ def test_object_urls() -> None:
     assert storage.identity == open_storage("s3://bucket/run").identity
     assert storage.lock_path is None
     assert open_storage("s3://bucket\\run\\7").url == "s3://bucket/run/7"
+    assert open_storage("s3:\\\\bucket\\run\\7").url == "s3://bucket/run/7"
 
 
 def test_chained_urls() -> None:

@@ -29,6 +29,7 @@ from ckptman.format.catalog import Entry, entry_of
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import File, Manifest, write_manifest
 from ckptman.format.names import Attempt, check_attempt, manifest_key
+from ckptman.pipeline.sending import Progress, send
 from ckptman.repository.arrived import COPY, Arrived
 from ckptman.repository.changes import retained, with_checkpoint, without_tags
 from ckptman.repository.counterparts import counterpart, place
@@ -36,7 +37,6 @@ from ckptman.repository.keep import Keep, everything
 from ckptman.repository.ownership import Ownership, take
 from ckptman.repository.reading import Part, parts_of
 from ckptman.repository.repository import Repository
-from ckptman.repository.sending import Progress, send
 from ckptman.repository.sweep import tidy, unlisted
 from ckptman.storage.base import Storage
 

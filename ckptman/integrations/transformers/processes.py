@@ -19,7 +19,7 @@ from ckptman.errors import CkptmanError, RankLost
 Result = TypeVar("Result")
 
 
-class Ranks:
+class Processes:
     """
     All processes of the run, as ``torch.distributed`` knows them.
 

@@ -14,8 +14,8 @@ import torch
 from ckptman import CheckpointManager, keep
 from ckptman.errors import CkptmanError, Fenced, IntegrityError, StorageError
 from ckptman.format.catalog import Entry
+from ckptman.pipeline.copying import Copied, Copying, begin
 from ckptman.repository import ownership
-from ckptman.repository.copying import Copied, Copying, begin
 from ckptman.repository.counterparts import identity, missing
 from ckptman.repository.ownership import take
 from ckptman.repository.repair import repair

@@ -12,7 +12,7 @@ import torch
 from ckptman import CheckpointManager
 from ckptman.errors import IntegrityError, StorageError
 from ckptman.format.manifest import File, Manifest
-from ckptman.repository import sending
+from ckptman.pipeline import sending
 from ckptman.repository.reading import Part, parts_of
 from ckptman.repository.repository import Repository
 from ckptman.storage.base import Buffer, NewFile

@@ -1,15 +1,15 @@
 """
-Bytes of an S3 object, received on the caller's own thread, straight into the caller's memory.
+Large bodies of S3 requests, sent and received on other threads than the event loop's, without a copy.
 
 The client that s3fs has made prepares and signs a request, with all that its user has configured. Then this takes it
-off the client's hands, whose event loop would copy every byte three times, on the one thread that all requests share.
-What comes back counts only if it is just what was asked for; after anything else the client is to ask by itself, and
-its answer, or its error, counts.
+off the client's hands, whose event loop would copy every byte up to three times, on the one thread that all requests
+share. What comes back counts only if it is just what was asked for; after anything else the client is to ask by
+itself, and its answer, or its error, counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,8 +17,12 @@ from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
-_EVENT = "before-send.s3.GetObject"
-_PIECE_NBYTES = 1 << 20
+from ckptman.storage.driver import cut
+
+_EVENTS = "before-send.s3.GetObject", "before-send.s3.UploadPart"
+PIECE_NBYTES = 1 << 20
+"""What is given to a socket at a time, whose time limit is for each."""
+
 _OWN_TRANSPORTS = frozenset({"connector_args", "http_session_cls"})
 
 _is_prepared_only: ContextVar[bool] = ContextVar("is_prepared_only", default=False)
@@ -36,8 +40,8 @@ def _hand_over(request: Any, **_: object) -> None:
         raise _HandedOver(request)
 
 
-class Receiver:
-    """Ranges of objects, by botocore's blocking transport with the settings of the clients of *filesystem* (s3fs's)."""
+class Direct:
+    """Requests by botocore's blocking transport with the settings of the clients of *filesystem* (s3fs's)."""
 
     def __init__(self, filesystem: Any) -> None:
         self._fs = filesystem
@@ -48,16 +52,17 @@ class Receiver:
         """Whether the user has given the client no transport of another kind."""
         return not _OWN_TRANSPORTS & set(self._fs.config_kwargs)
 
-    async def prepare(self, client: Any, sending: Awaitable[object]) -> Receiving:
+    async def prepare(self, client: Any, sending: Awaitable[object]) -> Prepared:
         """The request that *client* prepares while it is *sending*. To be run as a task of its own, on the loop."""
         if client not in self._transports:
             self._transports[client] = self._transport_of(client)
-            client.meta.events.register_last(_EVENT, _hand_over)
+            for event in _EVENTS:
+                client.meta.events.register_last(event, _hand_over)
         _is_prepared_only.set(True)
         try:
             await sending
         except _HandedOver as handed:
-            return Receiving(self._transports[client], handed.request)
+            return Prepared(self._transports[client], handed.request)
         raise AssertionError("the client has sent what it was only to prepare")
 
     def _transport_of(self, client: Any) -> URLLib3Session:
@@ -75,14 +80,14 @@ class Receiver:
         )
 
 
-class Receiving:
-    """A signed request for a range, not sent yet."""
+class Prepared:
+    """A signed request, not sent yet."""
 
     def __init__(self, transport: URLLib3Session, request: Any) -> None:
         self._transport = transport
         self._request = request
 
-    def into(self, memory: memoryview, start: int) -> int | None:
+    def into(self, memory: Sequence[memoryview], start: int) -> int | None:
         """
         Send it; fill *memory* with the bytes from *start* on, and return how many came.
 
@@ -96,15 +101,30 @@ class Receiving:
         raw = self._transport.send(self._request).raw
         try:
             nbytes = _promised(raw, start)
-            if nbytes is None or nbytes > len(memory):
+            if nbytes is None or nbytes > sum(map(len, memory)):
                 return None
-            _fill(memory[:nbytes], raw)
+            for part in cut(memory, nbytes):
+                _fill(part, raw)
             raw.release_conn()
         except HTTPError as error:
             raise ConnectionError(f"the answer broke off: {error}") from error
         finally:
             raw.close()  # the connection too, unless it was released: what is left on it belongs to nobody
         return nbytes
+
+    def sent(self, body: Iterable[memoryview]) -> Mapping[str, str] | None:
+        """
+        Send it with *body*, which are the bytes that it was prepared for; return the headers of the answer.
+
+        Returns:
+            None if the server answered anything but that it took them.
+
+        Raises:
+            botocore.exceptions.HTTPClientError: There was no answer.
+        """
+        self._request.body = body
+        answer = self._transport.send(self._request)
+        return answer.headers if answer.status_code == 200 else None
 
 
 def _promised(raw: Any, start: int) -> int | None:
@@ -118,7 +138,7 @@ def _promised(raw: Any, start: int) -> int | None:
 def _fill(memory: memoryview, raw: Any) -> None:
     done = 0
     while done < len(memory):
-        got = raw.readinto(memory[done : done + _PIECE_NBYTES])
+        got = raw.readinto(memory[done : done + PIECE_NBYTES])
         if not got:
             raise ConnectionError(f"the answer ended after {done} of {len(memory)} bytes")
         done += got
