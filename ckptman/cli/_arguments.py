@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import click
 
@@ -82,6 +83,16 @@ class Tag(TextType):
             raise click.UsageError(str(error), ctx) from error
 
 
+class Amount(click.FloatRange):
+    """A finite number in a range. NaN is in none, though click, which asks whether it is outside, lets it pass."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        amount = float(super().convert(value, param, ctx))
+        if not math.isfinite(amount):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return amount
+
+
 def root_argument(*, required: bool = False) -> Decorator:
     """The argument ROOT, as ``storage``. Where it is not *required*, leaving it out means the environment's."""
     if required:
@@ -95,7 +106,7 @@ lock_timeout_option = click.option(
     "--lock-timeout",
     "lock_timeout_s",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=Amount(min=0),
     default=5.0,
     show_default=True,
     help="How long to wait for another writer to go away.",

@@ -44,7 +44,7 @@ def _public_name(error: CkptmanError) -> str:
 
 def _usage(error: click.UsageError, *, as_json: bool) -> str:
     where = error.ctx.command_path if error.ctx else "ckptman"
-    return error.format_message() if as_json else f"{error.format_message()} (see '{where} --help')"
+    return error.format_message() if as_json else f"{error.format_message().rstrip('.')} (see '{where} --help')"
 
 
 def _fail(name: str, message: str, exit_code: int, *, as_json: bool) -> None:

@@ -40,7 +40,7 @@ class Final:
     verified: int
 
 
-@click.command()
+@click.command(short_help="See a run killed in the middle of a save, and resumed.")
 @click.argument("folder", metavar="[DIR]", required=False, type=click.Path(path_type=Path, file_okay=False))
 def demo(folder: Path | None) -> None:
     """

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import click
 
-from ckptman.cli._arguments import RootText, json_option
+from ckptman.cli._arguments import Amount, RootText, json_option
 from ckptman.cli._render import print_json, table
 from ckptman.doctor.examining import examine
 from ckptman.doctor.findings import Finding
@@ -19,8 +19,10 @@ COLOURS = {"✓": "bold green", "✗": "bold red", "–": "yellow"}
 
 @click.command(short_help="Measure whether a storage can be trusted, and what it costs.")
 @click.argument("root", metavar="[ROOT]", type=RootText(), default="-")
-@click.option("--nodes", type=click.IntRange(min=2), help="Run on so many machines at once: do all see the same root?")
-@click.option("--timeout", "timeout_s", metavar="SECONDS", type=click.FloatRange(min=0), default=60.0,
+@click.option(
+    "--nodes", metavar="N", type=click.IntRange(min=2), help="Run on N machines at once: do all see the same root?"
+)
+@click.option("--timeout", "timeout_s", metavar="SECONDS", type=Amount(min=0), default=60.0,
               show_default=True, help="How long to wait for the other machines.")  # fmt: skip
 @json_option
 def doctor(root: tuple[str, Storage], *, nodes: int | None, timeout_s: float, as_json: bool) -> None:

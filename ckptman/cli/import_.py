@@ -17,7 +17,9 @@ from ckptman.storage.base import Storage
 @click.command("import", short_help="Take in a checkpoint of another tool.")
 @root_argument(required=True)
 @click.argument("source", metavar="SRC", type=click.Path(exists=True, path_type=Path))
-@click.option("--step", type=click.IntRange(min=0), help="The step it becomes, where SRC does not say it.")
+@click.option(
+    "--step", metavar="STEP", type=click.IntRange(min=0), help="The step it becomes, where SRC does not say it."
+)
 @click.option(
     "--as", "kinds", metavar="NAME=KIND", multiple=True, help="What component NAME is: module, stateful, container, …"
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from ckptman.cli._arguments import json_option, lock_timeout_option, root_argument, yes_option
+from ckptman.cli._arguments import Amount, json_option, lock_timeout_option, root_argument, yes_option
 from ckptman.cli._changing import entries_to_change
 from ckptman.cli._dropping import drop
 from ckptman.repository import keep
@@ -36,7 +36,7 @@ class Best(RuleType):
         return keep.best(metric, int(n), cast("Mode", mode))
 
 
-_AMOUNT = click.FloatRange(min=0, min_open=True)
+_PERIOD = Amount(min=0, min_open=True)
 
 
 @click.command(short_help="Delete all that no rule keeps.")
@@ -46,8 +46,8 @@ _AMOUNT = click.FloatRange(min=0, min_open=True)
     "--best", "best", metavar="METRIC:N[:max]", type=Best(), multiple=True, help="Keep the N best; repeatable."
 )
 @click.option("--every", metavar="STEPS", type=click.IntRange(min=1), help="Keep multiples of STEPS.")
-@click.option("--hours", metavar="H", type=_AMOUNT, help="Keep the last one of every H hours.")
-@click.option("--days", metavar="D", type=_AMOUNT, help="Keep the last one of every D days.")
+@click.option("--hours", metavar="H", type=_PERIOD, help="Keep the last one of every H hours.")
+@click.option("--days", metavar="D", type=_PERIOD, help="Keep the last one of every D days.")
 @yes_option
 @lock_timeout_option
 @json_option

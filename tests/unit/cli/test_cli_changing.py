@@ -105,7 +105,18 @@ def test_every_rule_of_prune(run: Run, root: Path, rule: tuple[str, ...], kept: 
 
 
 @pytest.mark.parametrize(
-    "rule", [(), ("--last", "0"), ("--best", "loss"), ("--best", "loss:0"), ("--best", ":1"), ("--hours", "0")]
+    "rule",
+    [
+        (),
+        ("--last", "0"),
+        ("--best", "loss"),
+        ("--best", "loss:0"),
+        ("--best", ":1"),
+        ("--hours", "0"),
+        ("--days", "nan"),
+        ("--hours", "inf"),
+        ("--last", "1", "--lock-timeout", "nan"),
+    ],
 )
 def test_rules_that_prune_refuses(run: Run, root: Path, rule: tuple[str, ...]) -> None:
     """No rule, or a wrong one, is wrong usage: nothing is deleted."""
