@@ -23,6 +23,7 @@ from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
 from ckptman.storage.driver import Upload, create, get_each, refuse_above
 from ckptman.storage.foreign import is_missing, is_transient, status_of
+from ckptman.storage.parts import Part
 from ckptman.storage.retry import Retry
 
 Result = TypeVar("Result")
@@ -223,7 +224,7 @@ class Blocks:
         self._path = path
         self._nonce = secrets.token_hex(16)  # tells our own blob, and our blocks from those of others at this path
         self._block_nbytes = BLOCK_NBYTES
-        self._block = bytearray()
+        self._part: Part | None = None  # that is being filled
         self._names: list[str] = []
         self._in_flight: deque[tuple[str, bytes, Future[Any]]] = deque()
 
@@ -238,19 +239,19 @@ class Blocks:
 
     def write(self, data: memoryview) -> None:
         while data:
-            room = self._block_nbytes - len(self._block)
-            if not room:
-                self._send()
-                continue
-            self._block += data[:room]
-            data = data[room:]
+            if self._part is None:
+                self._part = Part(self._block_nbytes)
+            if self._part.is_full:
+                self._send(self._part)
+            data = self._part.take(data)
 
     def finish(self) -> None:
         if not self._names:
-            self._driver.create(self._path, "upload_blob", bytes(self._block), self._nonce)
+            data = b"" if self._part is None else bytes(self._part.bytes)
+            self._driver.create(self._path, "upload_blob", data, self._nonce)
             return
-        if self._block:
-            self._send()
+        if self._part is not None:
+            self._send(self._part)
         while self._in_flight:
             self._collect()
         self._driver.create(self._path, "commit_block_list", self._names, self._nonce)
@@ -259,9 +260,9 @@ class Blocks:
         for _, _, future in self._in_flight:
             future.cancel()
         self._in_flight.clear()
-        self._block = bytearray()
+        self._part = None
 
-    def _send(self) -> None:
+    def _send(self, part: Part) -> None:
         if len(self._names) >= MAX_BLOCKS:
             raise StorageError(
                 f"{self._path!r} has more than {MAX_BLOCKS} blocks of {self._block_nbytes} bytes, the most that Azure "
@@ -269,8 +270,8 @@ class Blocks:
             )
         if len(self._in_flight) >= max(1, BLOCKS_IN_FLIGHT * BLOCK_NBYTES // self._block_nbytes):
             self._collect()
-        name, block = f"{self._nonce}{len(self._names):05}", bytes(self._block)
-        self._block = bytearray()
+        name, block = f"{self._nonce}{len(self._names):05}", bytes(part.bytes)
+        part.empty()
         self._names.append(name)
         self._in_flight.append((name, block, self._driver.begin(self._path, "stage_block", name, block)))
 

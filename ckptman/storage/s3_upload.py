@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
 from ckptman.storage.foreign import is_transient
+from ckptman.storage.parts import Part
 
 if TYPE_CHECKING:
     from ckptman.storage.s3 import S3Driver
@@ -86,9 +87,10 @@ class Parts:
         self._nonce = secrets.token_hex(16)  # tells our own object, the answer to whose creation was lost
         self._part_nbytes = PART_NBYTES
         self._upload: str | None = None
-        self._part = bytearray()
+        self._part: Part | None = None  # that is being filled
+        self._free: list[Part] = []
         self._sent: list[dict[str, object]] = []
-        self._in_flight: deque[tuple[int, bytearray, Future[Any]]] = deque()
+        self._in_flight: deque[tuple[int, Part, Future[Any]]] = deque()
         self._sends_direct = False
         self._senders: ThreadPoolExecutor | None = None
         self._is_dropped = False
@@ -104,19 +106,19 @@ class Parts:
 
     def write(self, data: memoryview) -> None:
         while data:
-            room = self._part_nbytes - len(self._part)
-            if not room:
-                self._send()
-                continue
-            self._part += data[:room]
-            data = data[room:]
+            if self._part is not None and self._part.is_full:
+                self._send(self._part)
+            if self._part is None:
+                self._part = self._next()
+            data = self._part.take(data)
 
     def finish(self) -> None:
         if self._upload is None:
-            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=self._part)
+            data = b"" if self._part is None else self._part.bytes
+            self._driver.create(self._path, "put_object", nonce=self._nonce, marked=True, Body=data)
             return
-        if self._part:
-            self._send()
+        if self._part is not None:
+            self._send(self._part)
         while self._in_flight:
             self._collect()
         self._end_senders()
@@ -134,13 +136,20 @@ class Parts:
             future.cancel()
         self._end_senders()  # a part that arrived after the abort would stay on the server
         self._in_flight.clear()
-        self._part = bytearray()
+        self._part, self._free = None, []
         upload, self._upload = self._upload, None
         if upload is not None:
             self._driver.call("abort_multipart_upload", self._path, UploadId=upload)
 
-    def _send(self) -> None:
-        number, part = len(self._sent) + len(self._in_flight) + 1, self._part
+    def _next(self) -> Part:
+        if not self._free:
+            return Part(self._part_nbytes)
+        part = self._free.pop()
+        part.empty()
+        return part
+
+    def _send(self, part: Part) -> None:
+        number = len(self._sent) + len(self._in_flight) + 1
         if number > MAX_PARTS:
             raise StorageError(
                 f"{self._path!r} has more than {MAX_PARTS} parts of {self._part_nbytes} bytes, the most that S3 takes"
@@ -152,26 +161,26 @@ class Parts:
         if len(self._in_flight) >= at_once:
             self._collect()
         self._in_flight.append((number, part, self._begin(number, part, at_once)))
-        self._part = bytearray()
+        self._part = None
 
-    def _begin(self, number: int, part: bytearray, at_once: int) -> Future[Any]:
+    def _begin(self, number: int, part: Part, at_once: int) -> Future[Any]:
         if self._sends_direct:
             if self._senders is None:
                 self._senders = ThreadPoolExecutor(at_once, thread_name_prefix="ckptman-send")
             with suppress(RuntimeError):  # the interpreter is about to end, and starts no thread any more
                 return self._senders.submit(self._send_direct, number, part)
-        return self._driver.begin("upload_part", self._path, **self._of(number), Body=part)
+        return self._driver.begin("upload_part", self._path, **self._of(number), Body=part.bytes)
 
-    def _send_direct(self, number: int, part: bytearray) -> Answer | None:
+    def _send_direct(self, number: int, part: Part) -> Answer | None:
         """The answer; None where the client has to ask by itself."""
-        headers = self._driver.prepared("upload_part", self._path, **self._of(number), Body=part).sent(
+        headers = self._driver.prepared("upload_part", self._path, **self._of(number), Body=part.bytes).sent(
             self._pieces(part)
         )
         return None if headers is None else _answer_of(headers)
 
-    def _pieces(self, part: bytearray) -> Iterator[memoryview]:
-        whole = memoryview(part)
-        for start in range(0, len(part), PIECE_NBYTES):
+    def _pieces(self, part: Part) -> Iterator[memoryview]:
+        whole = part.bytes
+        for start in range(0, len(whole), PIECE_NBYTES):
             if self._is_dropped:
                 raise ConnectionAbortedError(f"the upload of {self._path!r} was dropped")
             yield whole[start : start + PIECE_NBYTES]
@@ -184,8 +193,10 @@ class Parts:
         except Exception as error:
             if not is_transient(error):
                 raise
-        if answer is None:
-            answer = self._driver.call("upload_part", self._path, **self._of(number), Body=part)
+        if answer is not None:
+            self._free.append(part)
+        else:  # nobody knows who still reads from the part, so its memory is not used again
+            answer = self._driver.call("upload_part", self._path, **self._of(number), Body=part.bytes)
         self._in_flight.popleft()
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
