@@ -14,7 +14,7 @@ from benchmarks import system
 from benchmarks.harness import Answer, ask
 from benchmarks.questions import QUESTIONS
 from benchmarks.report import markdown, publish
-from benchmarks.results import Results, read_results, write_results
+from benchmarks.results import Results, joined, read_results, write_results
 from benchmarks.scale import SCALES, Scale
 
 HOME = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ def main() -> int:
     """Exit with 1 if ckptman or a floor could not be measured: figures without it are worth nothing."""
     arguments = _arguments()
     if arguments.report is not None:
-        publish(read_results(arguments.report), HOME)
+        publish(joined([read_results(path) for path in arguments.report]), HOME)
         return 0
     results = run(
         SCALES["quick" if arguments.quick else arguments.scale],
@@ -81,7 +81,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, help="where to write: the disk that is measured")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
     parser.add_argument("--json", type=Path, help="where every sample goes")
-    parser.add_argument("--report", type=Path, metavar="JSON", help="write tables and plots of that run into docs/")
+    written = "write tables and plots of that run, or of its parts, into docs/"
+    parser.add_argument("--report", type=Path, nargs="+", metavar="JSON", help=written)
     return parser.parse_args()
 
 

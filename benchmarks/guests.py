@@ -3,12 +3,11 @@ What a save costs inside a framework: its own beside ckptman's.
 
     python -m benchmarks.guests [--width 2048] [--repetitions 5] [--out guests.json]
 
-One model (three square layers and AdamW moments) under the Hugging Face Trainer, Lightning, accelerate and ignite.
-(With Ray Train a save is that of a plain loop; what Ray keeps of it is a pointer of a hundred bytes.) Each repetition
-saves once in either way, in turn, after a training step (the Hugging Face Trainer: one run after the other), and
-measures how long training waits (stall), how long until the save is done (time: for ckptman durable and committed, for
-the frameworks, which do not fsync, handed to the page cache), and the bytes that lie on the disk. Prints medians;
-``--out`` gets all samples as JSON.
+One model (three square layers and AdamW moments) under the Hugging Face Trainer, Lightning, accelerate, ignite and Ray
+Train (a cluster of one worker on this machine). Each repetition saves once in either way, in turn, after a training
+step (the Hugging Face Trainer: one run after the other), and measures how long training waits (stall), how long until
+the save is done (time: for ckptman durable and committed, for the frameworks, which do not fsync, handed to the page
+cache), and the bytes that lie on the disk. Prints medians; ``--out`` gets all samples as JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +19,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -180,6 +181,52 @@ def transformers(width: int, place: Path, repetitions: int) -> Figures:
     return {"Hugging Face Trainer": own, "Hugging Face Trainer with ckptman": ours}
 
 
+def ray(width: int, place: Path, repetitions: int) -> Figures:
+    """Through ``ray.train.report``, of a directory with a file of ``torch.save``, and of a pointer."""
+    import ray as cluster
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    cluster.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    try:
+        TorchTrainer(
+            _ray_worker,
+            train_loop_config={"width": width, "place": str(place), "repetitions": repetitions},
+            scaling_config=ScalingConfig(num_workers=1),
+            run_config=RunConfig(name="own", storage_path=str(place)),
+        ).fit()
+    finally:
+        cluster.shutdown()
+    return json.loads((place / "figures.json").read_text(encoding="utf-8"))
+
+
+def _ray_worker(config: Mapping[str, Any]) -> None:
+    from ray import train
+
+    from ckptman import CheckpointManager
+    from ckptman.integrations.ray import report
+
+    place = Path(config["place"])
+    model = model_of(config["width"])
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def own(number: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": number}
+            torch.save(state, Path(folder) / "state.pt")
+            train.report({}, checkpoint=train.Checkpoint.from_directory(folder))
+
+    with CheckpointManager(place / "ckptman", {"model": model, "optimizer": optimizer}) as manager:
+        saves = {"Ray Train": own, "Ray Train with ckptman": lambda number: report(manager, manager.save(number), {})}
+        figures: Figures = {name: [] for name in saves}
+        for number in range(2, 3 + config["repetitions"]):
+            for name, save in saves.items():
+                model(torch.randn(2, config["width"])).square().mean().backward()
+                optimizer.step()
+                figures[name].append(timed(partial(save, number), lambda: None))
+    (place / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
 def in_turn(
     framework: Callable[..., dict[str, tuple[Callable[[], None], Save]]],
 ) -> Callable[[int, Path, int], Figures]:
@@ -210,7 +257,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"| save of {given.width**2 * 3 * 12 / 2**20:.0f} MiB by | stall | time | bytes |\n|---|---|---|---|")
     document: dict[str, object] = {}
-    for measure in (transformers, in_turn(lightning), in_turn(accelerate), in_turn(ignite)):
+    for measure in (transformers, in_turn(lightning), in_turn(accelerate), in_turn(ignite), ray):
         place = Path(tempfile.mkdtemp(prefix="guests-"))
         for name, measured in measure(given.width, place, given.repetitions).items():
             stall, done = (statistics.median(values) for values in zip(*measured[1:], strict=True))

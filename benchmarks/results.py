@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,4 +66,23 @@ def read_results(path: Path) -> Results:
             name: Answer(repetitions=entry["repetitions"], skipped=entry["skipped"], failed=entry["failed"])
             for name, entry in document["questions"].items()
         },
+    )
+
+
+def joined(parts: Sequence[Results]) -> Results:
+    """
+    The run that was made in *parts*, each of other questions. Of a question that several have, the last one's counts.
+
+    Raises:
+        ValueError: They are of different scales, or of different machines.
+    """
+    first, *others = parts
+    if any((one.scale, one.machine) != (first.scale, first.machine) for one in others):
+        raise ValueError("these are runs of different scales, or of different machines: report each by itself")
+    return Results(
+        machine=first.machine,
+        scale=first.scale,
+        began_at=min(one.began_at for one in parts),
+        duration_s=sum(one.duration_s for one in parts),
+        answers={name: answer for one in parts for name, answer in one.answers.items()},
     )

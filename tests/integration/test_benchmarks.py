@@ -267,6 +267,18 @@ def test_object_stores_have_a_place_of_their_own(tmp_path: Path) -> None:
     assert "| upload, s |" in text
 
 
+def test_a_run_made_in_parts_is_reported_as_one(tmp_path: Path) -> None:
+    """Each part has its questions, and their times add up; runs that cannot be compared are not mixed."""
+    first = run_of(tmp_path)
+    second = replace(first, began_at="earlier", answers={"loop": Answer(), "stall": Answer(skipped={"DCP": "no"})})
+    whole = results.joined([first, second])
+    assert (whole.began_at, whole.duration_s) == ("earlier", 120.0)
+    assert whole.answers == {**first.answers, **second.answers}
+    for other in (replace(second, scale="quick"), replace(second, machine={"cores": 3})):
+        with pytest.raises(ValueError, match="report each by itself"):
+            results.joined([first, other])
+
+
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     page = tmp_path / report.PAGE
     page.parent.mkdir(parents=True)
