@@ -122,6 +122,7 @@ class Parts:
         while self._in_flight:
             self._collect()
         self._end_senders()
+        self._part, self._free = None, []  # the next file's parts may want the room
         self._driver.create(
             self._path,
             "complete_multipart_upload",
