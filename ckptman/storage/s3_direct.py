@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from traceback import clear_frames
 from typing import Any
 
 from botocore.httpsession import URLLib3Session
@@ -62,6 +63,7 @@ class Direct:
         try:
             await sending
         except _HandedOver as handed:
+            clear_frames(handed.__traceback__)  # they refer to each other, and to the body: 16 MiB of garbage
             return Prepared(self._transports[client], handed.request)
         raise AssertionError("the client has sent what it was only to prepare")
 
