@@ -118,8 +118,8 @@ def test_bytes_that_change_while_they_are_sent_are_refused(
     monkeypatch.setattr(s3_upload, "PART_NBYTES", 5 * MIB)
     pieces = s3_upload.Parts._pieces
 
-    def changed(self: s3_upload.Parts, part: bytearray) -> Iterator[memoryview]:
-        part[100] ^= 1
+    def changed(self: s3_upload.Parts, part: Part) -> Iterator[memoryview]:
+        part.bytes[100] ^= 1
         return pieces(self, part)
 
     monkeypatch.setattr(s3_upload.Parts, "_pieces", changed)
