@@ -12,6 +12,7 @@ from s3_server import FAULTS, Fault, Proxy, S3Server, When, proxy_to
 from ckptman.storage import s3_upload
 from ckptman.storage.base import KeyMissing, StorageError
 from ckptman.storage.object import ObjectStorage
+from ckptman.storage.parts import Part
 from ckptman.storage.s3 import RECEIVED_NBYTES, S3Driver
 
 MIB = 1 << 20
