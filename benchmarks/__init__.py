@@ -1,7 +1,7 @@
 """
 How fast ckptman is, beside its rivals and the physical floor of the same run.
 
-    python -m benchmarks --quick                      every question at a small size, under five minutes
+    python -m benchmarks --quick                      every question but `remote` at a small size, under five minutes
     python -m benchmarks --json results.json          the full run, two to three hours
     python -m benchmarks --only stall,durable         a part of it
     python -m benchmarks --report results.json        tables and plots into docs/understanding/

@@ -15,9 +15,11 @@ from benchmarks.harness import Answer, ask
 from benchmarks.questions import QUESTIONS
 from benchmarks.report import markdown, publish
 from benchmarks.results import Results, joined, read_results, write_results
-from benchmarks.scale import SCALES, Scale
+from benchmarks.scale import FULL, SCALES, Scale
 
 HOME = Path(__file__).parents[1]
+WITH_A_SERVER = ("remote",)
+"""What takes as long as several others, and is asked by name where the run is not a full one."""
 
 
 def main() -> int:
@@ -26,9 +28,10 @@ def main() -> int:
     if arguments.report is not None:
         publish(joined([read_results(path) for path in arguments.report]), HOME)
         return 0
+    scale = SCALES["quick" if arguments.quick else arguments.scale]
     results = run(
-        SCALES["quick" if arguments.quick else arguments.scale],
-        questions=arguments.only,
+        scale,
+        questions=arguments.only or [name for name in QUESTIONS if scale is FULL or name not in WITH_A_SERVER],
         directory=arguments.directory,
         repetitions=arguments.repetitions,
         seed=arguments.seed,
@@ -76,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--scale", choices=SCALES, default="full")
-    parser.add_argument("--only", type=_names, default=list(QUESTIONS), help=f"some of {','.join(QUESTIONS)}")
+    parser.add_argument("--only", type=_names, help=f"some of {','.join(QUESTIONS)}")
     parser.add_argument("--repetitions", type=int, help="instead of what the scale says")
     parser.add_argument("--directory", type=Path, help="where to write: the disk that is measured")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
