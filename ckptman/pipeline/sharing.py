@@ -222,8 +222,10 @@ class Sharing:
         told = msgspec.msgpack.decode(self._ranks.conclude(opening, orders), type=_Orders)
         if told.is_new:
             self._plan, self._planned_for = None, ""
-            details = lambda: _details(held, _samples(captured, step, whole=told.have_drifted))  # noqa: E731
-            answer = self._ranks.conclude(details, lambda parts: _planned(openings, parts))
+            answer = self._ranks.conclude(
+                lambda: _details(held, _samples(captured, step, whole=told.have_drifted)),
+                lambda parts: _planned(openings, parts),
+            )
             self._plan = msgspec.msgpack.decode(answer, type=list[_RankPlan])[self._ranks.rank]
             self._planned_for = told.plan
         assert self._plan is not None

@@ -116,7 +116,7 @@ def test_what_azure_cannot_hold_is_refused_before_anything_is_sent(azure_port: i
     for nbytes in (1, 390 << 30, 5 << 40):
         with storage.open_new("f/a") as file:
             file.expect(nbytes)
-            assert nbytes <= 50_000 * file._held._block_nbytes  # type: ignore[attr-defined]
+            assert nbytes <= 50_000 * file._held._block_nbytes  # type: ignore[attr-defined]  # no outsider may ask
             file.abort()
     with pytest.raises(StorageError, match="190 TiB"), storage.open_new("f/a") as file:
         file.expect(200 << 40)

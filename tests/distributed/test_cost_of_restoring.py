@@ -63,7 +63,7 @@ def _restore(rank: int, root: str) -> dict[str, Any]:
     counting, calls = Counting(), Counter[str]()
     for name in ("gather", "broadcast"):
         _count(calls, name)
-    os.cpu_count = lambda: 2  # type: ignore[method-assign,assignment]
+    os.cpu_count = lambda: 2  # type: ignore[method-assign,assignment]  # this process measures two cores on any machine
     with CheckpointManager(LocalStorage(root, system=counting), state := _state(0.0)) as manager:
         calls.clear()
         manager.restore(1)
