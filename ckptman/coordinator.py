@@ -23,7 +23,7 @@ from ckptman.coordination.hub import PATIENCE_S, Hub, host_key
 from ckptman.coordination.jobs import folder_name, place
 from ckptman.coordination.joining import join
 from ckptman.coordination.leftovers import FOLDER, Leftovers
-from ckptman.coordination.life import SILENCE_S, Life
+from ckptman.coordination.life import SILENCE_OF_FILES_S, SILENCE_S, Life
 from ckptman.coordination.meeting import meet
 from ckptman.coordination.storage_board import StorageBoard
 from ckptman.coordination.torch_board import PrefixStore, TorchBoard, connection, lives_in_rank_0
@@ -267,7 +267,7 @@ class FilesCoordinator(Hub):
         world_size: int | None = None,
         job: str | None = None,
         timeout_s: float = 300.0,
-        silence_s: float = 20.0,
+        silence_s: float = SILENCE_OF_FILES_S,
         patience_s: float = PATIENCE_S,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:

@@ -26,6 +26,9 @@ _log = logging.getLogger("ckptman")
 SILENCE_S = 15.0
 """How long a rank may be silent. With the beats and the looks between, a dead one is named within 20 s."""
 
+SILENCE_OF_FILES_S = 18.0
+"""The same where beats are files, which are made and listed: named within 22 s."""
+
 HURRIED_BEATS = 3
 """How many beats a rank may miss before one that is in a hurry calls it silent."""
 

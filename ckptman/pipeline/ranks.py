@@ -124,7 +124,9 @@ class Ranks:
             raise _rebuilt(told.failure) from (error if told.failure.rank == self.rank else None)
         return told.value
 
-    def attended(self, work: Callable[[Event], Result], *, left_alone: Callable[[], None]) -> Result:
+    def attended(
+        self, work: Callable[[Event], Result], *, left_alone: Callable[[], None], look: Callable[[], None]
+    ) -> Result:
         """
         Within the part of `conclude`: do *work*, which may take long, on another thread, and break it off if need be.
 
@@ -135,6 +137,7 @@ class Ranks:
         Args:
             work: Looks now and then whether the event that it gets is set, and raises `BrokenOff` then.
             left_alone: Called if *work* still runs when this raises: what it holds must not be used again.
+            look: Called every `LOOK_S` while *work* runs.
 
         Returns:
             What *work* returned. Nothing of it runs any more then.
@@ -152,7 +155,7 @@ class Ranks:
         except RuntimeError:  # the interpreter is about to end, and starts no thread any more
             return work(stop)
         try:
-            self._attend(doing, stop)
+            self._attend(doing, look)
         finally:
             stop.set()  # whatever ended it: another rank's failure, a lost rank, Ctrl-C
             if not wait_for([doing], timeout=BREAK_OFF_S).done:
@@ -161,9 +164,10 @@ class Ranks:
             raise BrokenOff("another rank failed, and the storage of this one does not answer")
         return doing.result()
 
-    def _attend(self, doing: Future[Result], stop: Event) -> None:
+    def _attend(self, doing: Future[Result], look: Callable[[], None]) -> None:
         """Return once *work* is done, or is to be broken off."""
         while not wait_for([doing], timeout=LOOK_S).done:
+            look()
             if self._coordinator.attend():
                 return
 

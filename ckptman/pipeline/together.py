@@ -13,7 +13,9 @@ Where a rank is lost meanwhile, that may hide whether 3 came to its end; the cat
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -34,6 +36,11 @@ from ckptman.pipeline.writing import write_files
 from ckptman.repository.ownership import Ownership
 from ckptman.repository.repository import checkpoint_of
 from ckptman.storage.base import Storage
+
+_log = logging.getLogger("ckptman")
+
+SLOW_S = 60.0
+"""After how long a storage that does not answer is worth a warning."""
 
 
 class _Outcome(msgspec.Struct, frozen=True):
@@ -167,8 +174,11 @@ def _write_part(
     ranks: Ranks, storage: Storage, job: Job, shared: Shared, source: Source
 ) -> tuple[list[File], list[Tensor]]:
     handed = _Handed(source)
+    slow = _Slow(f"rank {ranks.rank} (host {ranks.host}), saving step {job.step}", handed)
     try:
-        return ranks.attended(lambda stop: _written(storage, shared, source, handed, stop), left_alone=handed.lose)
+        return ranks.attended(
+            lambda stop: _written(storage, shared, source, handed, stop), left_alone=handed.lose, look=slow.look
+        )
     except (BrokenOff, RankLost):
         raise
     except Exception as error:
@@ -203,22 +213,52 @@ class _Handed:
         self._slots = source.slots
         self._arena = source.arena
         self._out: Slot | None = None
+        self.out_since: float | None = time.monotonic()  # None while a slot is waited for
 
     def until(self, stop: threading.Event) -> Iterator[Slot]:
         """Every slot; raises `BrokenOff` in place of the next one once *stop* is set."""
         slots = iter(self._slots)
-        while not stop.is_set() and (slot := next(slots, None)) is not None:
+        while not stop.is_set() and (slot := self._next(slots)) is not None:
             self._out = slot
             yield slot
             self._out = None  # who asks for the next one has given it back
         if stop.is_set():
             raise BrokenOff("another rank failed")
 
+    def _next(self, slots: Iterator[Slot]) -> Slot | None:
+        self.out_since = None
+        slot = next(slots, None)
+        self.out_since = time.monotonic()
+        return slot
+
     def lose(self) -> None:
         """Count out the slot that is being written."""
         out = self._out
         if out is not None:
             self._arena.lose(out)
+
+
+class _Slow:
+    """
+    Says that a storage takes long: slow is not lost, so all ranks wait for it, and somebody should know for whom.
+
+    After `SLOW_S` without a slot (16 MiB) or the end of a file, and again whenever that time has doubled.
+    """
+
+    def __init__(self, who: str, handed: _Handed) -> None:
+        self._who = who
+        self._handed = handed
+        self._since: float | None = None  # of the call that was last seen
+        self._next_s = SLOW_S
+
+    def look(self) -> None:
+        """To be called now and then."""
+        since = self._handed.out_since
+        if since != self._since:
+            self._since, self._next_s = since, SLOW_S
+        if since is not None and (seconds := time.monotonic() - since) >= self._next_s:
+            self._next_s = 2 * seconds
+            _log.warning("%s: its storage has not answered for %.0f s; all ranks wait for it", self._who, seconds)
 
 
 def _manifest(owner: Ownership, job: Job, attempt: str, reports: Sequence[Report]) -> Manifest:

@@ -188,8 +188,7 @@ def take(
     def next_writer(head: Head) -> Writer:
         if head.record is None and mend is None:
             refuse_unlisted(storage)
-        epoch = 1 + _highest_epoch(storage, head)
-        return Writer(epoch=epoch, id=identity, host=socket.gethostname(), pid=os.getpid(), since=since)
+        return _writer(storage, head, identity, since)
 
     try:
         root = identify(storage)
@@ -204,6 +203,27 @@ def take(
     with _OWNERS_MUTEX:
         _OWNERS[storage.identity] = owner
     return owner
+
+
+def depose(storage: Storage, *, after: int, what: str) -> None:
+    """
+    End the reign of whoever wrote record *after* and is known to be dead, by a record of our own; own nothing then.
+
+    For a root with a lease, which would keep everybody waiting for `LIFE_S` after its holder's death. If the holder
+    lives after all, it is fenced.
+
+    Raises:
+        Fenced: There is a newer record: somebody was faster.
+        CommitUnknown, StorageError: As `repository.commit.commit` says.
+    """
+    identity, since = secrets.token_hex(8), utc_now()
+
+    def successor(head: Head) -> Writer:
+        if head.number != after:
+            raise Fenced(f"{what}: record {head.number} of {storage.url} is there already")
+        return _writer(storage, head, identity, since)
+
+    commit(storage, tuple, root=_marker(storage), what=what, writer_for=successor)
 
 
 class Claim:
@@ -247,6 +267,12 @@ class Claim:
 
 def _known(root: str) -> Callable[[Storage], str]:
     return lambda storage: root
+
+
+def _writer(storage: Storage, head: Head, identity: str, since: datetime) -> Writer:
+    """This process as the one that comes after all writers so far."""
+    epoch = 1 + _highest_epoch(storage, head)
+    return Writer(epoch=epoch, id=identity, host=socket.gethostname(), pid=os.getpid(), since=since)
 
 
 def _highest_epoch(storage: Storage, head: Head) -> int:

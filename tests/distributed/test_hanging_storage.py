@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -19,6 +20,7 @@ from fleet import run
 from ckptman import CheckpointManager, CkptmanError, Limits, SaveFailed
 from ckptman.coordinator import TorchCoordinator
 from ckptman.pipeline import ranks as pipeline_ranks
+from ckptman.pipeline import together
 from ckptman.pipeline.arena import SLOT_NBYTES
 from ckptman.storage.local import LocalStorage
 from ckptman.storage.system import System
@@ -58,6 +60,20 @@ class Hanging(System):
     def fsync(self, file: FileIO) -> None:
         self._hang("fsync")
         super().fsync(file)
+
+
+class Said(logging.Handler):
+    """The warnings of this process; ``then`` is called after the first."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+        self.then: Any = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        if self.then is not None:
+            self.then()
 
 
 def _full() -> None:
@@ -161,3 +177,25 @@ def _end(rank: int, root: str) -> float:
 def test_a_process_ends_though_its_storage_hangs(tmp_path: Path) -> None:
     """One disk is full, the other never answers: both ranks close, and nothing keeps their interpreters."""
     assert max(run(tmp_path, 2, _end, str(tmp_path / "root"))) < 5
+
+
+def _wait(rank: int, root: str) -> list[str]:
+    together.SLOW_S = 1.5  # rather than 60: for this process, a child
+    system, said = Hanging(), Said()
+    logging.getLogger("ckptman").addHandler(said)
+    with CheckpointManager(LocalStorage(root, system=system), {"w": torch.full((4,), float(rank))}) as manager:
+        manager.save(1, block=True)
+        if rank:
+            system.hangs = "fsync"
+            said.then = system.go.set
+        assert manager.save(2).result().step == 2
+    return said.texts
+
+
+def test_where_nobody_fails_a_hanging_storage_is_waited_for_and_named(tmp_path: Path) -> None:
+    """Slow is not lost: the save succeeds as soon as the call returns, and until then a warning says whose it is."""
+    first, second = run(tmp_path, 2, _wait, str(tmp_path / "root"))
+    assert first == []
+    (text,) = second
+    assert text.startswith("rank 1 (host ")
+    assert "saving step 2: its storage has not answered for" in text
