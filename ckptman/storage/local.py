@@ -42,6 +42,7 @@ mistakes and stale links out, not an attacker who can write into the root at thi
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import stat
@@ -223,8 +224,10 @@ class LocalStorage:
             nbytes = self._system.fstat(file).st_size
             if nbytes > limit:
                 raise StorageError(f"{key!r} in {self._url} has {nbytes} bytes, at most {limit} can be right", key=key)
-            data = bytearray(nbytes)
-            return bytes(memoryview(data)[: self._fill(file, memoryview(data), start=0)])
+            data = io.BytesIO(bytes(nbytes))  # whose bytes are handed over at the end: no copy of megabytes
+            with data.getbuffer() as view:
+                done = self._fill(file, view, start=0)
+            return data.getvalue() if done == nbytes else data.getvalue()[:done]
 
         return self._opened(key, whole)
 
