@@ -229,7 +229,7 @@ def drawn_first(state: dict[str, torch.Tensor]) -> list[str]:
 
 
 def test_of_very_many_any_single_change_is_written(tmp_path: Path) -> None:
-    """Wherever it is, drawn to be hashed first or not: no stale byte is pointed at, and the others are not rewritten."""
+    """Wherever it is, drawn to be hashed first or not: no stale byte is pointed at, the others are not rewritten."""
     state = many()
     seen: dict[int, list[torch.Tensor]] = {}
     with CheckpointManager(tmp_path, {"many": state}, rng=False) as manager:
