@@ -7,7 +7,6 @@ the one before it, and each checkpoint's entry holds the sha256 of its manifest.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from ckptman.errors import FormatError
-from ckptman.format.fields import Count, Utc, check_utc
+from ckptman.format.fields import Count, Utc, are_hex, check_utc
 from ckptman.format.manifest import Manifest
 from ckptman.format.metrics import JsonMetrics, check_metrics
 from ckptman.format.names import FORMAT, are_attempts_at, check_attempt, check_component, check_data_key, check_tag
@@ -25,8 +24,6 @@ from ckptman.storage.base import Buffer
 MAX_RECORD_NBYTES = 256 << 20
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-
-_HEX = re.compile("[0-9a-f]*")
 
 _BEHIND = b',{"step":'
 """How the entry of a checkpoint begins behind another one, as `seal` writes it. No text in a JSON holds this."""
@@ -206,8 +203,7 @@ def _check_tags(entries: Sequence[Entry]) -> None:
 
 
 def _check_manifests(entries: Sequence[Entry]) -> None:
-    digests = [entry.manifest for entry in entries]
-    if {*map(len, digests)} <= {64} and _HEX.fullmatch("".join(digests)):
+    if are_hex([entry.manifest for entry in entries], 64):
         return
-    wrong = next(entry for entry in entries if len(entry.manifest) != 64 or not _HEX.fullmatch(entry.manifest))
+    wrong = next(entry for entry in entries if not are_hex([entry.manifest], 64))
     raise FormatError(f"the manifest of step {wrong.step} has the digest {wrong.manifest[:80]!r}, which is no sha256")
