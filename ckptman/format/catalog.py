@@ -83,19 +83,20 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tr
 
 def entry_of(manifest: Manifest, manifest_sha256: str, *, tags: tuple[str, ...] = ()) -> Entry:
     """How the catalog lists the checkpoint of *manifest*."""
+    nbytes, borrows = manifest.nbytes, manifest.borrows  # each is found out anew when asked for
     return Entry(
         step=manifest.step,
         attempt=manifest.attempt,
         manifest=manifest_sha256,
         after=manifest.after,
         created_at=manifest.created_at,
-        nbytes=manifest.nbytes,
-        new_nbytes=manifest.new_nbytes,
+        nbytes=nbytes,
+        new_nbytes=manifest.new_nbytes if borrows else nbytes,
         world_size=manifest.world_size,
         components=manifest.shared_components,
         metrics=manifest.metrics,
         tags=tags,
-        borrows=manifest.borrows,
+        borrows=borrows,
         preempted=manifest.preempted,
     )
 
