@@ -122,6 +122,11 @@ class Borrowing:
     def __init__(self) -> None:
         self._lender: _Lender | None = None
 
+    @property
+    def has_lender(self) -> bool:
+        """Whether there is anything to borrow from."""
+        return self._lender is not None
+
     @no_search_for_cycles()
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
