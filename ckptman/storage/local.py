@@ -235,6 +235,10 @@ class LocalStorage:
         """Fill *into* from byte *start* on; return how many bytes there were. See `Storage.read_into`."""
         return self._opened(key, lambda file: self._fill(file, into, start=start))
 
+    def read_ahead(self, key: str, start: int, nbytes: int) -> None:
+        """Have the system fetch bytes into its page cache. See `ReadsAhead.read_ahead`."""
+        self._opened(key, lambda file: self._system.read_ahead(file, start, nbytes))
+
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Asks by opening: NFS may answer from memory otherwise."""
         return self._opened(key, lambda file: self._system.fstat(file).st_size)
