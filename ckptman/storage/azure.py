@@ -163,6 +163,9 @@ class AzureDriver:
     def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
         return get_each(self.get_into, path, start, into)
 
+    def get_beginning(self, path: str, into: memoryview) -> tuple[int, int]:
+        return self.get_into(path, 0, into), self.size(path)
+
     def size(self, path: str) -> int:
         return int(self.ask(path, "get_blob_properties").size)
 

@@ -190,6 +190,11 @@ class ObjectStorage:
         check_key(key)
         return self._try("read", key, lambda driver: driver.get_each(self._path(key), start, into))
 
+    def read_beginning(self, key: str, into: memoryview) -> tuple[int, int]:
+        """Fill *into* from byte 0 on; return how many bytes came, and how many there are. See `Distant`."""
+        check_key(key)
+        return self._try("read", key, lambda driver: driver.get_beginning(self._path(key), into))
+
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Raises `KeyMissing`."""
         check_key(key)
