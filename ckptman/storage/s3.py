@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
+from ckptman.storage.body import PIECE_NBYTES, Body
 from ckptman.storage.driver import Upload, create, cut, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
-from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Body, InFlight, Parts
+from ckptman.storage.s3_upload import PART_NBYTES, InFlight, Parts
 
 if TYPE_CHECKING:
     from ckptman.storage.s3_direct import Prepared
