@@ -173,8 +173,8 @@ class ObjectStorage:
 
     @property
     def read_nbytes(self) -> int:
-        """16 MiB: a request costs a server as much as about one of them. See `Distant`."""
-        return 16 << 20
+        """32 MiB, two of the parts that files are sent in: to ask costs both sides as much as some MiB. See `Distant`."""
+        return 32 << 20
 
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole value, of at most *limit* bytes. See `Storage.read`."""
