@@ -119,12 +119,15 @@ class CheckedReader:
 
     def header(self, file: File) -> bytes:
         """The safetensors header of *file* (its length field included), after checking the file's size."""
+        header = bytearray(8 + file.header_nbytes)
         with self._naming_damage(file, None):
-            nbytes = self._storage.size(file.path)
+            if isinstance(self._storage, Distant):
+                got, nbytes = self._storage.read_beginning(file.path, memoryview(header))
+            else:
+                nbytes, got = self._storage.size(file.path), self._storage.read_into(file.path, 0, memoryview(header))
         if nbytes != file.nbytes:
             raise self._damage(f"{file.path} has {nbytes} bytes instead of {file.nbytes}", file)
-        header = bytearray(8 + file.header_nbytes)
-        self._fill(file, 0, memoryview(header), None)
+        self._refuse_short(file, 0, got, len(header), None)
         if block_digest(header) != file.header_digest:
             raise self._damage(f"the header of {file.path} is damaged", file)
         return bytes(header)
