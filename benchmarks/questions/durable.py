@@ -10,18 +10,19 @@ import torch
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
+from benchmarks.kept import keep, kept
 from benchmarks.rivals import RIVALS, Ckptman, Tool
-from benchmarks.states import State, trained
+from benchmarks.states import State
 
 FLOORS = ("floor: pwrite + fsync", "floor: + sync_file_range", "floor: O_DIRECT + fsync")
 
 
 def save(tool: type[Tool], place: Place) -> Mapping[str, float]:
-    """Two saves, with a training step between: as the tool comes, and with every file and folder fsynced after it."""
-    state = trained(place.scale)
+    """Two saves, all changed between: as the tool comes, and with every file and folder fsynced after it."""
+    state = kept(place)
     opened = tool(place.folder, state)
     first = _save_once(opened, 1, place)
-    state.train_step()
+    state.change()
     later = _save_once(opened, 2, place)
     opened.close()
     return {"first_s": sum(first), "native_s": later[0], "seconds": sum(later), "nbytes": state.nbytes}
@@ -36,7 +37,7 @@ def _save_once(tool: Tool, step: int, place: Place) -> tuple[float, float]:
 
 def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping[str, float]:
     """The same bytes, from one aligned and touched buffer, into one file."""
-    payload = payload_of(trained(place.scale))
+    payload = payload_of(kept(place))
 
     def seconds(name: str) -> float:
         path = place.folder / name
@@ -78,6 +79,7 @@ QUESTION = Question(
             floor=FLOORS,
         ),
     ),
+    shares=keep,
     note="Most rivals return before the bytes are on the disk: compare them in the first column. DCP fsyncs its files, "
     "but not the folder.",
 )  # fmt: skip

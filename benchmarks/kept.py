@@ -1,0 +1,43 @@
+"""
+A trained state that is trained once, and that every contestant of a question begins with.
+
+Training it anew takes a process of its own longer than what is measured. The bytes are read into memory of the
+contestant's own, so that all of it has been touched before any timer runs and nothing is mapped or shared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Place
+from benchmarks.states import State, blank, trained
+
+
+def keep(place: Place) -> None:
+    """What a question ``shares``: a state after real steps, as bare bytes."""
+    with _path(place).open("xb") as file:
+        for tensor in trained(place.scale).tensors.values():
+            file.write(_memory(tensor))
+
+
+def kept(place: Place) -> State:
+    """The state that `keep` has left, bit for bit, in fresh memory. Its next training step is the third."""
+    state = blank(place.scale)
+    with _path(place).open("rb") as file:
+        for name, tensor in state.tensors.items():
+            if file.readinto(_memory(tensor)) != tensor.nbytes:
+                raise EOFError(f"the kept state ends within {name}")
+    return state
+
+
+def _path(place: Place) -> Path:
+    return place.shared / "state"
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    memory: memoryview = tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    return memory
