@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import system
 from benchmarks.harness import Place
 from benchmarks.states import State, blank, trained
 
@@ -31,6 +32,16 @@ def kept(place: Place) -> State:
             if file.readinto(_memory(tensor)) != tensor.nbytes:
                 raise EOFError(f"the kept state ends within {name}")
     return state
+
+
+def kept_bytes(place: Place) -> memoryview:
+    """The same bytes in one aligned buffer, filled up with others to a page's border."""
+    nbytes = _path(place).stat().st_size
+    buffer = system.aligned(nbytes)
+    with _path(place).open("rb") as file:
+        if file.readinto(buffer[:nbytes]) != nbytes:
+            raise EOFError("the kept state ends early")
+    return buffer
 
 
 def _path(place: Place) -> Path:

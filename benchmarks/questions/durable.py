@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
-from benchmarks.kept import keep, kept
+from benchmarks.kept import keep, kept, kept_bytes
 from benchmarks.rivals import RIVALS, Ckptman, Tool
-from benchmarks.states import State
 
 FLOORS = ("floor: pwrite + fsync", "floor: + sync_file_range", "floor: O_DIRECT + fsync")
 
@@ -37,7 +34,7 @@ def _save_once(tool: Tool, step: int, place: Place) -> tuple[float, float]:
 
 def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping[str, float]:
     """The same bytes, from one aligned and touched buffer, into one file."""
-    payload = payload_of(kept(place))
+    payload = kept_bytes(place)
 
     def seconds(name: str) -> float:
         path = place.folder / name
@@ -46,17 +43,6 @@ def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping
     first_s = seconds("first")
     later_s = seconds("later")
     return {"first_s": first_s, "native_s": later_s, "seconds": later_s, "nbytes": len(payload)}
-
-
-def payload_of(state: State) -> memoryview:
-    """All bytes of the state in one aligned buffer, filled up with others to a page's border."""
-    buffer = system.aligned(state.nbytes)
-    start = 0
-    for tensor in state.tensors.values():
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        buffer[start : start + data.nbytes] = data.data
-        start += data.nbytes
-    return buffer
 
 
 QUESTION = Question(

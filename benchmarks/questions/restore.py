@@ -10,8 +10,7 @@ from pathlib import Path
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
-from benchmarks.kept import keep, kept
-from benchmarks.questions.durable import payload_of
+from benchmarks.kept import keep, kept, kept_bytes
 from benchmarks.rivals import RIVALS, Ckptman, Tool
 from benchmarks.states import State, blank
 
@@ -55,7 +54,7 @@ def _seconds(opened: Tool, place: Place, state: State, *, of: str = "") -> float
 
 
 def write(place: Place) -> None:
-    system.write_raw(_data(place) / "raw", payload_of(kept(place)))
+    system.write_raw(_data(place) / "raw", kept_bytes(place))
 
 
 def read(place: Place, *, threads: int = 1, direct: bool = False) -> Mapping[str, float]:
