@@ -170,7 +170,8 @@ def _ask(asked: _Round, *, repetitions: int | None, seed: int) -> None:
         asked.progress(asked.answer, "prepared what all share")
     for name in list(runners):
         if question.contestants[name].prepare is not None:
-            _try(asked, name, BEFORE, runners)
+            measured = _try(asked, name, BEFORE, runners)
+            asked.progress(asked.answer, f"before all: {_outcome(asked.answer, name, measured)}")
     for number in range(count):
         order = list(runners)
         random.Random(f"{seed} {question.name} {number}").shuffle(order)
