@@ -29,20 +29,20 @@ def prepare(tool: type[Tool], place: Place) -> None:
 def restore(tool: type[Tool], place: Place) -> Mapping[str, float]:
     """Load into a state of other values, which has moments already; check that every tensor is the saved one."""
     state = kept(place)
-    state.change()
-    return {"seconds": _seconds(tool(_data(place), state), place, state), "nbytes": state.nbytes}
+    return {"seconds": _seconds(tool, place, state), "nbytes": state.nbytes}
 
 
 def restore_ckptman(place: Place) -> Mapping[str, float]:
     """The same, and then the model alone."""
-    whole = restore(Ckptman, place)
     state = kept(place)
-    state.change()
-    return {**whole, "model_s": _seconds(Ckptman(_data(place), state), place, state, of="model.")}
+    seconds = _seconds(Ckptman, place, state)
+    return {"seconds": seconds, "model_s": _seconds(Ckptman, place, state, of="model."), "nbytes": state.nbytes}
 
 
-def _seconds(opened: Tool, place: Place, state: State, *, of: str = "") -> float:
+def _seconds(tool: type[Tool], place: Place, state: State, *, of: str = "") -> float:
     """The time of a load, or of that of the model alone, if it did reach the tensors whose names begin with *of*."""
+    state.change()  # nothing is right before
+    opened = tool(_data(place), state)
     load = opened.load_model if of and isinstance(opened, Ckptman) else opened.load
     system.drop_caches(place.folder)
     seconds = system.timed(lambda: load(1), pause_s=place.pause_s)
