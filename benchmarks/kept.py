@@ -19,7 +19,7 @@ from benchmarks.states import State, blank, trained
 
 def keep(place: Place) -> None:
     """What a question ``shares``: a state after real steps, as bare bytes, filled up to a page's border."""
-    with kept_file(place).open("xb") as file:
+    with _path(place).open("xb") as file:
         for tensor in trained(place.scale).tensors.values():
             file.write(_memory(tensor))
         file.write(bytes(-file.tell() % system.PAGE))
@@ -28,7 +28,7 @@ def keep(place: Place) -> None:
 def kept(place: Place) -> State:
     """The state that `keep` has left, bit for bit, in fresh memory. Its next training step is the third."""
     state = blank(place.scale)
-    with kept_file(place).open("rb") as file:
+    with _path(place).open("rb") as file:
         for name, tensor in state.tensors.items():
             if file.readinto(_memory(tensor)) != tensor.nbytes:
                 raise EOFError(f"the kept state ends within {name}")
@@ -37,14 +37,14 @@ def kept(place: Place) -> State:
 
 def kept_bytes(place: Place) -> memoryview:
     """The whole file in one aligned buffer."""
-    buffer = system.aligned(kept_file(place).stat().st_size)
-    with kept_file(place).open("rb") as file:
+    buffer = system.aligned(_path(place).stat().st_size)
+    with _path(place).open("rb") as file:
         if file.readinto(buffer) != len(buffer):
             raise EOFError("the kept state ends early")
     return buffer
 
 
-def kept_file(place: Place) -> Path:
+def _path(place: Place) -> Path:
     return place.shared / "state"
 
 
