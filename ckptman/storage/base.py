@@ -245,6 +245,20 @@ class Distant(Protocol):
 
 
 @runtime_checkable
+class ReadsAhead(Protocol):
+    """A storage whose system can be told what will be read, and fetches it meanwhile into memory of its own."""
+
+    def read_ahead(self, key: str, start: int, nbytes: int) -> None:
+        """
+        Have *nbytes* from *start* on fetched; may return before they are. Promises nothing.
+
+        Raises:
+            KeyMissing: There is no such key.
+            StorageError: The medium failed.
+        """
+
+
+@runtime_checkable
 class Swaps(Protocol):
     """
     A storage that can also change a value, provided that nobody else did meanwhile (compare and swap).
