@@ -75,7 +75,7 @@ def test_a_file_is_completed_while_the_next_one_is_sent(large: CheckpointManager
         if "/second." in request:
             is_begun.set()
         if request.startswith("POST") and "/first." in request and "uploadId=" in request:
-            waited.append(is_begun.wait(20))
+            waited.append(is_begun.wait(5))
         return count(request)
 
     with pytest.MonkeyPatch.context() as patch:
