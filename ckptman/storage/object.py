@@ -173,7 +173,7 @@ class ObjectStorage:
 
     @property
     def read_nbytes(self) -> int:
-        """32 MiB, two parts of what was sent: to ask costs both sides as much as some MiB. See `Distant`."""
+        """32 MiB, two parts of an upload: to ask costs both sides as much as some MiB. See `Distant`."""
         return 32 << 20
 
     def read(self, key: str, *, limit: int) -> bytes:
