@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import benchmarks
@@ -14,7 +15,7 @@ from benchmarks import system
 from benchmarks.harness import Answer, ask
 from benchmarks.questions import QUESTIONS
 from benchmarks.report import markdown, publish
-from benchmarks.results import Results, joined, read_results, write_results
+from benchmarks.results import Joined, Results, joined, read_results, write_results
 from benchmarks.scale import FULL, SCALES, Scale
 
 HOME = Path(__file__).parents[1]
@@ -35,30 +36,55 @@ def main() -> int:
         directory=arguments.directory,
         repetitions=arguments.repetitions,
         seed=arguments.seed,
+        kept_in=arguments.json,
     )
-    if arguments.json is not None:
-        write_results(results, arguments.json)
-    print(markdown(results))
+    print(markdown(Joined((results,))))
     return 1 if unmeasured(results) else 0
 
 
-def run(scale: Scale, *, questions: list[str], directory: Path | None, repetitions: int | None, seed: int) -> Results:
-    """Ask *questions* one after the other; what is measured is the disk of *directory*."""
+def run(
+    scale: Scale,
+    *,
+    questions: list[str],
+    directory: Path | None,
+    repetitions: int | None,
+    seed: int,
+    kept_in: Path | None = None,
+) -> Results:
+    """
+    Ask *questions* one after the other; what is measured is the disk of *directory*.
+
+    What is known is put into *kept_in* whenever a contestant was measured: a run that is interrupted has it there.
+    """
     began, began_at = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     answers: dict[str, Answer] = {}
+
+    def known() -> Results:
+        duration_s = time.monotonic() - began
+        return Results(machine=machine, scale=scale.name, began_at=began_at, duration_s=duration_s, answers=answers)
+
+    def tell(done: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {done}", file=sys.stderr, flush=True)
+
+    def keep(name: str, answer: Answer, done: str) -> None:
+        answers[name] = answer
+        tell(f"{name}, {done}")
+        if kept_in is not None:
+            write_results(known(), kept_in)
+
     with tempfile.TemporaryDirectory(dir=directory, prefix="ckptman-bench-") as folder:
-        for name in questions:
-            print(f"{time.monotonic() - began:5.0f} s  {QUESTIONS[name].asks}", file=sys.stderr, flush=True)
-            place = Path(folder) / name
-            answers[name] = ask(QUESTIONS[name], scale, folder=place, repetitions=repetitions, seed=seed)
         machine = system.machine(Path(folder))
-    return Results(
-        machine=machine,
-        scale=scale.name,
-        began_at=began_at,
-        duration_s=time.monotonic() - began,
-        answers=answers,
-    )
+        for name in questions:
+            tell(QUESTIONS[name].asks)
+            answers[name] = ask(
+                QUESTIONS[name],
+                scale,
+                folder=Path(folder) / name,
+                repetitions=repetitions,
+                seed=seed,
+                progress=partial(keep, name),
+            )
+    return known()
 
 
 def unmeasured(results: Results) -> list[str]:
@@ -83,7 +109,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, help="instead of what the scale says")
     parser.add_argument("--directory", type=Path, help="where to write: the disk that is measured")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the contestants")
-    parser.add_argument("--json", type=Path, help="where every sample goes")
+    parser.add_argument("--json", type=Path, help="where every sample goes, as soon as it is taken")
     written = "write tables and plots of that run, or of its parts, into docs/"
     parser.add_argument("--report", type=Path, nargs="+", metavar="JSON", help=written)
     return parser.parse_args()

@@ -18,15 +18,25 @@ from benchmarks.figures import Fields, Target
 from benchmarks.scale import Scale
 
 TIMEOUT_S = 900.0
+SHARED = "shared"
+BEFORE = -1
+"""The repetition in which contestants prepare."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where and how big one measurement is. ``folder`` is empty, or as the contestant's ``prepare`` has left it."""
+    """
+    Where and how big one measurement is.
+
+    Attributes:
+        folder: Empty, or as the contestant's ``prepare`` has left it.
+        shared: As the question's ``shares`` has left it.
+    """
 
     folder: Path
     scale: Scale
     repetition: int
+    shared: Path
 
     @property
     def pause_s(self) -> float:
@@ -81,6 +91,7 @@ class Question:
         asks: The question, for people.
         note: What a reader of the table must know.
         repetitions: At most so many; None: as the scale says.
+        shares: Runs once before all contestants, in a process of its own, and leaves what all of them read.
         beside: Runs as long as the question is asked (a server), given the folder that the contestants' are in.
     """
 
@@ -91,6 +102,7 @@ class Question:
     targets: tuple[Target, ...]
     note: str = ""
     repetitions: int | None = None
+    shares: Callable[[Place], None] | None = None
     beside: Callable[[Path], AbstractContextManager[object]] = nullcontext
 
 
@@ -107,34 +119,74 @@ class MeasurementFailed(Exception):
     """A contestant raised, died or took too long. The message says which."""
 
 
-def ask(question: Question, scale: Scale, *, folder: Path, repetitions: int | None = None, seed: int = 0) -> Answer:
-    """Measure all contestants of *question*, each as often as asked. One that fails is out from then on, by name."""
+Progress = Callable[[Answer, str], object]
+"""Is given what is known so far, and what was done last, for people, whenever a process has ended."""
+
+
+def ask(
+    question: Question,
+    scale: Scale,
+    *,
+    folder: Path,
+    repetitions: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda answer, done: None,
+) -> Answer:
+    """
+    Measure all contestants of *question*, each as often as asked. One that fails is out from then on, by name.
+
+    Raises:
+        MeasurementFailed: Not even what all of them share could be made.
+    """
     answer = Answer()
     with question.beside(folder):
-        _ask(question, scale, answer, folder=folder, repetitions=repetitions, seed=seed)
-    shutil.rmtree(folder / question.name, ignore_errors=True)
+        _ask(_Round(question, scale, answer, folder, progress), repetitions=repetitions, seed=seed)
+    shutil.rmtree(folder, ignore_errors=True)
     return answer
 
 
-def _ask(question: Question, scale: Scale, answer: Answer, *, folder: Path, repetitions: int | None, seed: int) -> None:
-    runners = _present(question, scale, answer)
-    count = min(repetitions or scale.repetitions, question.repetitions or 1_000)
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What the parts of asking one question have in common."""
+
+    question: Question
+    scale: Scale
+    answer: Answer
+    folder: Path
+    progress: Progress
+
+    def place(self, contestant: str, repetition: int) -> Place:
+        safe = "".join(c if c.isalnum() else "-" for c in contestant)
+        return Place(folder=self.folder / safe, scale=self.scale, repetition=repetition, shared=self.folder / SHARED)
+
+
+def _ask(asked: _Round, *, repetitions: int | None, seed: int) -> None:
+    question = asked.question
+    runners = _present(question, asked.scale, asked.answer)
+    count = min(repetitions or asked.scale.repetitions, question.repetitions or 1_000)
+    if question.shares is not None:
+        (asked.folder / SHARED).mkdir(parents=True)
+        _in_a_process(question.name, SHARED, asked.place(SHARED, BEFORE))
+        asked.progress(asked.answer, "prepared what all share")
     for name in list(runners):
         if question.contestants[name].prepare is not None:
-            _try(question, name, _place(folder, name, scale, -1), answer, runners)
+            measured = _try(asked, name, BEFORE, runners)
+            asked.progress(asked.answer, f"before all: {_outcome(asked.answer, name, measured)}")
     for number in range(count):
         order = list(runners)
         random.Random(f"{seed} {question.name} {number}").shuffle(order)
-        samples: dict[str, Fields] = {}
+        asked.answer.repetitions.append(samples := {})
         for name in order:
-            place = _place(folder, name, scale, number)
-            if question.contestants[name].prepare is None:
-                shutil.rmtree(place.folder, ignore_errors=True)
-            if (measured := _try(question, name, place, answer, runners)) is not None:
+            is_kept = question.contestants[name].prepare is not None
+            if (measured := _try(asked, name, number, runners)) is not None:
                 samples[name] = measured
-            if question.contestants[name].prepare is None:
-                shutil.rmtree(place.folder, ignore_errors=True)  # room for the next one, and outside of its timer
-        answer.repetitions.append(samples)
+            if not is_kept:
+                shutil.rmtree(asked.place(name, number).folder, ignore_errors=True)  # outside of the next one's timer
+            asked.progress(asked.answer, f"{number + 1} of {count}: {_outcome(asked.answer, name, measured)}")
+
+
+def _outcome(answer: Answer, name: str, measured: Fields | None) -> str:
+    return f"{name} failed: {answer.failed[name]}" if measured is None else f"{name} took {measured['process_s']:.1f} s"
 
 
 def _present(question: Question, scale: Scale, answer: Answer) -> dict[str, Contestant]:
@@ -156,18 +208,14 @@ def is_importable(module: str) -> bool:
         return False
 
 
-def _place(folder: Path, contestant: str, scale: Scale, repetition: int) -> Place:
-    safe = "".join(c if c.isalnum() else "-" for c in contestant)
-    return Place(folder=folder / safe, scale=scale, repetition=repetition)
-
-
-def _try(question: Question, name: str, place: Place, answer: Answer, runners: dict[str, Contestant]) -> Fields | None:
+def _try(asked: _Round, name: str, repetition: int, runners: dict[str, Contestant]) -> Fields | None:
+    place = asked.place(name, repetition)
     place.folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     try:
-        measured = _in_a_process(question.name, name, place)
+        measured = _in_a_process(asked.question.name, name, place)
     except MeasurementFailed as error:
-        answer.failed[name] = str(error)
+        asked.answer.failed[name] = str(error)
         del runners[name]
         return None
     return {**measured, "process_s": time.perf_counter() - began}
@@ -216,15 +264,21 @@ def _measure(question: str, contestant: str, place: Place, results: Connection) 
 
     _hush()
     try:
-        asked = QUESTIONS[question].contestants[contestant]
-        if place.repetition < 0:
-            assert asked.prepare is not None
-            asked.prepare(place)
-            results.send((True, {}))
-        else:
-            results.send((True, {name: float(value) for name, value in asked.run(place).items()}))
+        action = _action(QUESTIONS[question], contestant, place)
+        results.send((True, {name: float(value) for name, value in (action(place) or {}).items()}))
     except BaseException as error:  # noqa: BLE001 - a process's edge: whoever waits gets it, by name
         results.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _action(question: Question, contestant: str, place: Place) -> Callable[[Place], Mapping[str, float] | None]:
+    if contestant == SHARED:
+        assert question.shares is not None
+        return question.shares
+    asked = question.contestants[contestant]
+    if place.repetition == BEFORE:
+        assert asked.prepare is not None
+        return asked.prepare
+    return asked.run
 
 
 def _hush() -> None:

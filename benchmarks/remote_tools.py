@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from benchmarks import system
 from benchmarks.server import Server
 from benchmarks.states import State
 
@@ -51,6 +52,17 @@ class _Remote:
         return f"s3://{self.bucket}/{name}"
 
 
+def _payload_of(state: State) -> memoryview:
+    """All bytes of the state in one aligned buffer, filled up with others to a page's border."""
+    buffer = system.aligned(state.nbytes)
+    start = 0
+    for tensor in state.tensors.values():
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        buffer[start : start + data.nbytes] = data.data
+        start += data.nbytes
+    return buffer
+
+
 class _Plain(_Remote, ABC):
     """The bytes lie in one buffer, and come back into another one that was touched before."""
 
@@ -59,11 +71,8 @@ class _Plain(_Remote, ABC):
     at_once: ClassVar[int]
 
     def open(self) -> None:
-        from benchmarks.questions.durable import payload_of
-        from benchmarks.system import aligned
-
-        self.payload = payload_of(self.state)
-        self.found = aligned(len(self.payload))
+        self.payload = _payload_of(self.state)
+        self.found = system.aligned(len(self.payload))
         self.connect()
 
     def connect(self) -> None:

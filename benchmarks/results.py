@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.figures import Verdict, judge
@@ -43,7 +43,9 @@ def write_results(results: Results, path: Path) -> None:
         "duration_s": round(results.duration_s, 1),
         "questions": {question.name: _entry(results, question) for question in results.asked},
     }
-    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)  # whoever is interrupted here keeps what was there
 
 
 def _entry(results: Results, question: Question) -> dict[str, object]:
@@ -69,20 +71,42 @@ def read_results(path: Path) -> Results:
     )
 
 
-def joined(parts: Sequence[Results]) -> Results:
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Runs of one machine that are reported together, each of other questions and perhaps of another scale."""
+
+    runs: tuple[Results, ...]
+
+    @property
+    def asked(self) -> list[Question]:
+        return [question for question in QUESTIONS.values() if any(question.name in run.answers for run in self.runs)]
+
+    def run_of(self, question: Question) -> Results:
+        """The run that answers *question*."""
+        return next(run for run in self.runs if question.name in run.answers)
+
+    def answer_of(self, question: Question) -> Answer:
+        return self.run_of(question).answers[question.name]
+
+    def only(self, names: Container[str]) -> Joined:
+        """The questions with *names*, and the runs that asked them."""
+        parts = (_of(run, names) for run in self.runs)
+        return Joined(tuple(part for part in parts if part.answers))
+
+
+def joined(parts: Sequence[Results]) -> Joined:
     """
-    The run that was made in *parts*, each of other questions. Of a question that several have, the last one's counts.
+    What was run in *parts*. Of a question that several have asked, the last one's answer counts.
 
     Raises:
-        ValueError: They are of different scales, or of different machines.
+        ValueError: They are of different machines.
     """
-    first, *others = parts
-    if any((one.scale, one.machine) != (first.scale, first.machine) for one in others):
-        raise ValueError("these are runs of different scales, or of different machines: report each by itself")
-    return Results(
-        machine=first.machine,
-        scale=first.scale,
-        began_at=min(one.began_at for one in parts),
-        duration_s=sum(one.duration_s for one in parts),
-        answers={name: answer for one in parts for name, answer in one.answers.items()},
-    )
+    if any(one.machine != parts[0].machine for one in parts):
+        raise ValueError("these are runs of different machines: report each by itself")
+    last = {name: part for part in parts for name in part.answers}
+    counting = (_of(part, [name for name, of in last.items() if of is part]) for part in parts)
+    return Joined(tuple(part for part in counting if part.answers))
+
+
+def _of(run: Results, names: Container[str]) -> Results:
+    return replace(run, answers={name: answer for name, answer in run.answers.items() if name in names})

@@ -61,7 +61,7 @@ class Adapted(nn.Module):
 
 
 class State:
-    """A model, its optimizer, and how to go on training. *seed* tells a state from the one that it is restored into."""
+    """A model, its optimizer, and how to go on training. *seed* chooses the tokens that it trains with."""
 
     def __init__(self, model: Gpt, *, seed: int = 0, steps: int = 2) -> None:
         self.model = model
@@ -79,6 +79,16 @@ class State:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+    def change(self) -> None:
+        """
+        What a step does to the bytes, without its work: every weight and every moment takes another value in place.
+
+        Each stays within a per cent of what it was, so what trains on is a model as before.
+        """
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.add_(1) if name.endswith(".step") else tensor.mul_(1 + 2**-7)
 
     @property
     def components(self) -> dict[str, object]:
@@ -114,15 +124,26 @@ class State:
             for name, tensor in self.tensors.items():
                 tensor.copy_(loaded[name])
 
-    def fingerprint(self) -> list[float]:
-        """Tells whether a load reached the live objects: a sum per tensor."""
-        return [tensor.double().sum().item() for tensor in self.tensors.values()]
+    def fingerprint(self) -> dict[str, int]:
+        """Tells whether a load reached the live objects: the sum of each tensor's bits, exact, as integers."""
+        return {name: int(tensor.detach().view(torch.int32).sum()) for name, tensor in self.tensors.items()}
 
 
 def trained(scale: Scale, *, seed: int = 0) -> State:
     """A fully trained state: weights and two moments for each, after real steps."""
     torch.manual_seed(seed)
     return State(Gpt(scale), seed=seed)
+
+
+def blank(scale: Scale) -> State:
+    """The shapes of a trained state, moments included, in memory that nobody has written yet."""
+    with torch.device("meta"):
+        model = Gpt(scale)
+    state = State(model.to_empty(device="cpu"), steps=0)
+    for weight in model.parameters():
+        moments = {name: torch.empty_like(weight.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        state.optimizer.state[weight] = {"step": torch.empty(()), **moments}
+    return state
 
 
 def adapted(scale: Scale) -> State:

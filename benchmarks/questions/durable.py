@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import torch
-
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
+from benchmarks.kept import keep, kept, kept_bytes
 from benchmarks.rivals import RIVALS, Ckptman, Tool
-from benchmarks.states import State, trained
 
 FLOORS = ("floor: pwrite + fsync", "floor: + sync_file_range", "floor: O_DIRECT + fsync")
 
 
 def save(tool: type[Tool], place: Place) -> Mapping[str, float]:
-    """Two saves, with a training step between: as the tool comes, and with every file and folder fsynced after it."""
-    state = trained(place.scale)
+    """Two saves, all changed between: as the tool comes, and with every file and folder fsynced after it."""
+    state = kept(place)
     opened = tool(place.folder, state)
     first = _save_once(opened, 1, place)
-    state.train_step()
+    state.change()
     later = _save_once(opened, 2, place)
     opened.close()
     return {"first_s": sum(first), "native_s": later[0], "seconds": sum(later), "nbytes": state.nbytes}
@@ -36,7 +34,7 @@ def _save_once(tool: Tool, step: int, place: Place) -> tuple[float, float]:
 
 def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping[str, float]:
     """The same bytes, from one aligned and touched buffer, into one file."""
-    payload = payload_of(trained(place.scale))
+    payload = kept_bytes(place)
 
     def seconds(name: str) -> float:
         path = place.folder / name
@@ -45,17 +43,6 @@ def write(place: Place, *, direct: bool = False, early: bool = False) -> Mapping
     first_s = seconds("first")
     later_s = seconds("later")
     return {"first_s": first_s, "native_s": later_s, "seconds": later_s, "nbytes": len(payload)}
-
-
-def payload_of(state: State) -> memoryview:
-    """All bytes of the state in one aligned buffer, filled up with others to a page's border."""
-    buffer = system.aligned(state.nbytes)
-    start = 0
-    for tensor in state.tensors.values():
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        buffer[start : start + data.nbytes] = data.data
-        start += data.nbytes
-    return buffer
 
 
 QUESTION = Question(
@@ -78,6 +65,7 @@ QUESTION = Question(
             floor=FLOORS,
         ),
     ),
+    shares=keep,
     note="Most rivals return before the bytes are on the disk: compare them in the first column. DCP fsyncs its files, "
     "but not the folder.",
 )  # fmt: skip

@@ -12,7 +12,7 @@ from benchmarks.rivals import RIVALS, Ckptman, Tool
 from benchmarks.states import State, adapted, total_nbytes
 
 FLOOR = "floor: what changed"
-SAVES = 3
+SAVES = 2
 
 
 def changed(place: Place) -> Mapping[str, float]:

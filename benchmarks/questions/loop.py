@@ -9,8 +9,9 @@ from functools import partial
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
+from benchmarks.kept import keep, kept
 from benchmarks.rivals import AsyncTool, Ckptman, CkptmanOverlap, DcpAsync, Tool, TorchSave
-from benchmarks.states import State, trained
+from benchmarks.states import State
 
 
 def train(tool: type[Tool], place: Place) -> Mapping[str, float]:
@@ -23,7 +24,7 @@ def train(tool: type[Tool], place: Place) -> Mapping[str, float]:
     what it saved is durable, however long that takes; what the system has still to write then, it writes between the
     blocks. The first save, which takes memory and the root, is made before.
     """
-    state = trained(place.scale)
+    state = kept(place)
     opened = tool(place.folder, state)
     _begin(opened, 0)()
     steps = _steps_of(state, place.scale.block_s)
@@ -92,6 +93,7 @@ QUESTION = Question(
         )
         for tool, suffix in ((Ckptman, ""), (CkptmanOverlap, ", `overlap=True`"))
     ),
+    shares=keep,
     note="Of two blocks of equally many steps, in random order in one loop, one begins with a save and ends when that "
     "is durable; what it takes longer is added to the time between two saves. Model and writer share the cores here; "
     "on a GPU machine the writer has them to itself.",

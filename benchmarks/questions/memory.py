@@ -8,8 +8,9 @@ from functools import partial
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
+from benchmarks.kept import keep, kept
 from benchmarks.rivals import ASYNC_RIVALS, RIVALS, AsyncTool, Ckptman, CkptmanOverlap, Tool
-from benchmarks.states import trained
+from benchmarks.states import blank
 
 NOTHING = "floor: nothing"
 MARGIN_NBYTES = 64 << 20
@@ -17,18 +18,19 @@ MARGIN_NBYTES = 64 << 20
 
 def nothing(place: Place) -> Mapping[str, float]:
     """What must be there: the state once for an asynchronous save, nothing for all else."""
-    nbytes = trained(place.scale).nbytes
+    nbytes = blank(place.scale).nbytes
     return {"behind_nbytes": nbytes, "save_nbytes": 0, "restore_nbytes": 0}
 
 
 def behind(tool: type[AsyncTool], place: Place) -> Mapping[str, float]:
-    """The peak from before the tool exists until its second asynchronous save is durable."""
-    state = trained(place.scale)
+    """The peak from before the tool exists until its second asynchronous save, of other values, is durable."""
+    state = kept(place)
 
     def save_twice() -> None:
         opened = tool(place.folder, state)
         for step in (1, 2):
             opened.begin(step)()
+            state.change()
         opened.close()
 
     return {"behind_nbytes": system.extra_nbytes(save_twice)}
@@ -36,7 +38,7 @@ def behind(tool: type[AsyncTool], place: Place) -> Mapping[str, float]:
 
 def blocking(tool: type[Tool], place: Place) -> Mapping[str, float]:
     """The peak of one blocking save, and of a restore into an optimizer that already has its moments."""
-    state = trained(place.scale)
+    state = kept(place)
     opened = tool(place.folder, state)
     save_nbytes = system.extra_nbytes(lambda: opened.save(1))
     opened.close()
@@ -82,6 +84,7 @@ QUESTION = Question(
         )
     ),
     repetitions=3,
+    shares=keep,
     note="Peak of resident memory above what was resident before; memory of other processes "
     "(torch_checkpointing writes in one) is not counted.",
 )  # fmt: skip

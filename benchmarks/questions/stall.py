@@ -12,8 +12,9 @@ import torch
 from benchmarks import system
 from benchmarks.figures import Target
 from benchmarks.harness import Column, Contestant, Place, Question
+from benchmarks.kept import keep, kept
 from benchmarks.rivals import ASYNC_RIVALS, AsyncTool, Ckptman, CkptmanOverlap
-from benchmarks.states import State, trained
+from benchmarks.states import State
 
 FLOOR = "floor: one warm copy"
 PLAIN_STEPS = 3
@@ -21,7 +22,7 @@ PLAIN_STEPS = 3
 
 def stall_of(tool: type[AsyncTool], place: Place) -> dict[str, float]:
     """The first call, the median of later ones, and how much longer the training step after such a call takes."""
-    state = trained(place.scale)
+    state = kept(place)
     with_steps = tool(place.folder, state)
     plain_s = statistics.median(_seconds_of_a_step(state) for _ in range(PLAIN_STEPS))  # what is warmed up, is by now
     calls = [_one_save(with_steps, state, step, place) for step in range(1, 2 + place.scale.later_saves)]
@@ -54,7 +55,7 @@ def _seconds_of_a_step(state: State, before=None) -> float:
 
 def copy(place: Place) -> Mapping[str, float]:
     """The same bytes into memory that has been written before."""
-    state = trained(place.scale)
+    state = kept(place)
     copies = [torch.empty_like(tensor) for tensor in state.tensors.values()]
 
     def copy_all() -> None:
@@ -100,6 +101,7 @@ QUESTION = Question(
             limit=0.05, floor=(FLOOR,), floor_field="later_s",
         ),
     ),
+    shares=keep,
     note="DCP with a stager and torch_checkpointing copy while training goes on: safe only for a user who waits before "
     "`optimizer.step()`, which is done here inside the step after the save.",
 )  # fmt: skip

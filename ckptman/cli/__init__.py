@@ -25,6 +25,15 @@ def main() -> None:
         SystemExit: Always.
     """
     try:
+        _run()
+    except KeyboardInterrupt:  # while modules are imported: later ones end in _failures.py, in the same words
+        told = '{"error": "Interrupted", "message": "interrupted", "exit_code": 130}'
+        sys.stderr.write(f"{told if '--json' in sys.argv else 'error: interrupted'}\n")
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
         import click  # noqa: F401 - an extra: asked for here, so that its lack is told in words
         import rich  # noqa: F401
     except ImportError as error:

@@ -66,7 +66,18 @@ def _missing(storage: Storage) -> list[Path]:
     """The root, and the directories above it, as far as they do not exist; nothing where no directory is needed."""
     if storage.lock_path is None:
         return []
-    return [path for path in storage.lock_path.parents if not path.exists()]
+    return [path for path in storage.lock_path.parents if _is_missing(path)]
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether *path* is certainly not there: where this process may not look, it is left alone."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

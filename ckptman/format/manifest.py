@@ -18,7 +18,7 @@ import msgspec
 from ckptman.errors import FormatError
 from ckptman.format.digest import ALGORITHM, BLOCK_NBYTES
 from ckptman.format.dtypes import DTYPES
-from ckptman.format.fields import Count, Digest, Utc, check_utc
+from ckptman.format.fields import Count, Digest, Utc, are_hex, check_utc
 from ckptman.format.metrics import JsonMetrics, check_metrics
 from ckptman.format.names import FORMAT, check_attempt, check_data_key, split_rank
 from ckptman.format.sealed import seal, unseal
@@ -58,7 +58,7 @@ class Chunk(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     file: Count
     start: Count
     nbytes: Count
-    digests: tuple[Digest, ...]
+    digests: tuple[str, ...]  # each as a `Digest`: found out of all chunks at once
     offset: tuple[Count, ...] | None = None
     shape: tuple[Count, ...] | None = None
     key: str | None = None
@@ -218,6 +218,7 @@ def _checked(manifest: Manifest, what: str) -> Manifest:
         _check_unique("file", [file.path.lower() for file in manifest.files])
         _check_unique("component", [name.lower() for name in manifest.components])
         known: set[str] = set()  # what tensors belong to
+        _check_digests(manifest)
         for tensor in _unusual(manifest):
             _check_tensor(tensor, manifest, known)
         manifest = _expanded(manifest, known)
@@ -284,6 +285,13 @@ def _check_kind(tensor: Tensor | ShardedTensor, manifest: Manifest, known: set[s
         raise FormatError(f"tensor {tensor.name!r} has {len(tensor.shape)} dimensions")
 
 
+def _check_digests(manifest: Manifest) -> None:
+    digests = [digest for tensor in manifest.tensors for chunk in tensor.chunks for digest in chunk.digests]
+    if not are_hex(digests, 32):
+        wrong = next(digest for digest in digests if not are_hex([digest], 32))
+        raise FormatError(f"{wrong[:80]!r} is not the digest of a block")
+
+
 def _unusual(manifest: Manifest) -> Iterator[Tensor]:
     """
     The tensors of which `_check_tensor` is to be asked: all but those that are whole, in one piece where it may be, and
@@ -291,19 +299,18 @@ def _unusual(manifest: Manifest) -> Iterator[Tensor]:
     """
     spans = [(8 + file.header_nbytes, file.nbytes) for file in manifest.files]
     sizes: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}  # bytes and blocks of a dtype and shape
+    components, count = manifest.components, len(spans)
     for tensor in manifest.tensors:
         component, _, rest = tensor.name.partition("/")
         kind = tensor.dtype, tensor.shape
-        if kind in sizes and len(tensor.chunks) == 1 and rest and component in manifest.components:
-            (chunk,) = tensor.chunks
-            start, stop = spans[chunk.file] if chunk.file < len(spans) else (0, 0)
-            if (
-                chunk.offset is None
-                and chunk.shape is None
-                and (chunk.nbytes, len(chunk.digests)) == sizes[kind]
-                and start <= chunk.start <= stop - chunk.nbytes
-            ):
-                continue
+        size = sizes.get(kind)
+        if size is not None and len(tensor.chunks) == 1 and rest and component in components:
+            chunk = tensor.chunks[0]
+            if chunk.offset is None and chunk.shape is None and chunk.file < count:
+                start, stop = spans[chunk.file]
+                nbytes = chunk.nbytes
+                if (nbytes, len(chunk.digests)) == size and start <= chunk.start <= stop - nbytes:
+                    continue
         yield tensor
         nbytes = tensor.nbytes  # of a dtype that is known: else whoever was given the tensor has raised
         sizes[kind] = nbytes, -(-nbytes // manifest.block_nbytes)

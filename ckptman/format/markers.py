@@ -35,4 +35,10 @@ class TorchSize(msgspec.Struct, frozen=True, gc=False):
     sizes: tuple[int, ...]
 
 
+class Ready(msgspec.Struct, frozen=True, gc=False):
+    """A part of a tree that is as JSON says it already; whoever made it answers for that."""
+
+    tree: object
+
+
 Marker = TensorRef | ArrayRef | TorchDtype | TorchDevice | TorchSize

@@ -48,4 +48,4 @@ def check_metrics(metrics: JsonMetrics) -> None:
 
 def metrics_from_json(metrics: JsonMetrics) -> dict[str, float]:
     """The numbers again."""
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: value if type(value) is float else float(value) for name, value in metrics.items()}

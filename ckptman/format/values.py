@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -29,13 +29,25 @@ import msgspec
 import numpy as np
 
 from ckptman.errors import UnsupportedState
-from ckptman.format.markers import ArrayRef, Marker, TensorRef, TorchDevice, TorchDtype, TorchSize
+from ckptman.format.markers import ArrayRef, Marker, Ready, TensorRef, TorchDevice, TorchDtype, TorchSize
 from ckptman.format.numpy_values import MAX_INLINE_NBYTES, numpy_tree
 from ckptman.format.strict_json import is_plain_text, to_base64
 from ckptman.format.value_tags import MAX_PLAIN_INT, is_key
 from ckptman.format.values_reading import MAX_DEPTH, from_json
 
-__all__ = ["ArrayRef", "Marker", "TensorRef", "TorchDevice", "TorchDtype", "TorchSize", "from_json", "to_json"]
+__all__ = [
+    "ArrayRef",
+    "Marker",
+    "Ready",
+    "TensorRef",
+    "TorchDevice",
+    "TorchDtype",
+    "TorchSize",
+    "are_plain_keys",
+    "from_json",
+    "tensor_tree",
+    "to_json",
+]
 
 Extract = Callable[[object, str], Marker | None]
 ExtractAll = Callable[[dict[str, object], str], Sequence[str] | None]
@@ -92,7 +104,9 @@ class _Writing:
             raise _too_deep(path)
         return container(self, value, path, depth + 1)
 
-    def items(self, values: Iterable[object], path: str, depth: int) -> list[object]:
+    def items(self, values: Collection[object], path: str, depth: int) -> list[object]:
+        if _are_plain_ints(values):
+            return list(values)  # a shape, the state of a random stream: as they are, without a path for each
         return [self.tree(value, f"{path}[{index}]", depth) for index, value in enumerate(values)]
 
     def pairs(self, values: dict[object, object], path: str, depth: int) -> list[list[object]]:
@@ -103,10 +117,10 @@ class _Writing:
 
     def dict(self, values: dict[object, object], path: str, depth: int) -> object:
         tree = self.tree
-        if "$" not in values and _are_plain_texts(values):
+        if are_plain_keys(values):
             names = self._extract_all(cast("dict[str, object]", values), path)
             if names is not None:
-                return dict(zip(values, map(_tensor_tree, names), strict=True))
+                return dict(zip(values, map(tensor_tree, names), strict=True))
             return {key: tree(value, f"{path}[{key!r}]", depth) for key, value in values.items()}
         return {"$": "dict", "v": self.pairs(values, path, depth)}
 
@@ -133,9 +147,17 @@ class _Writing:
         return tree
 
 
-def _are_plain_texts(keys: Iterable[object]) -> bool:
+def are_plain_keys(keys: Collection[object]) -> bool:
+    """Whether a dict with *keys* stands for itself in JSON."""
     # all at once: a state may have very many
-    return {str}.issuperset(map(type, keys)) and is_plain_text("".join(cast("Iterable[str]", keys)))
+    return "$" not in keys and {str}.issuperset(map(type, keys)) and is_plain_text("".join(cast("Iterable[str]", keys)))
+
+
+def _are_plain_ints(values: Collection[object]) -> bool:
+    if not {int}.issuperset(map(type, values)):
+        return False
+    numbers = cast("Collection[int]", values)
+    return not numbers or (min(numbers) >= -MAX_PLAIN_INT and max(numbers) <= MAX_PLAIN_INT)
 
 
 def _shown(key: object) -> str:
@@ -188,18 +210,20 @@ _CONTAINERS: dict[type, Callable[..., object]] = {
     OrderedDict: lambda w, value, path, depth: {"$": "OrderedDict", "v": w.pairs(value, path, depth)},
     Counter: lambda w, value, path, depth: {"$": "Counter", "v": w.pairs(value, path, depth)},
     deque: lambda w, value, path, depth: _deque(value.maxlen, w.items(value, path, depth)),
+    Ready: lambda w, value, path, depth: value.tree,
 }
 
 
 def _marker_tree(marker: Marker) -> object:
     if type(marker) is TensorRef:
-        return _tensor_tree(marker.name)
+        return tensor_tree(marker.name)
     if isinstance(marker, TorchSize):
         return {"$": "torch.Size", "v": [_int(size) for size in marker.sizes]}
     return {"$": _MARKER_TAGS[type(marker)], "v": _str(marker.name)}
 
 
-def _tensor_tree(name: str) -> object:
+def tensor_tree(name: str) -> object:
+    """What stands for the tensor called *name*."""
     return {"$": "tensor", "v": name if name.isascii() else _str(name)}  # the short way for what there is most of
 
 

@@ -14,7 +14,7 @@ import logging
 import mmap
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -156,16 +156,21 @@ class Arena:
                 self._held -= 1
                 self._changed.notify_all()
 
-    def prefault(self, nbytes: int) -> None:
-        """Take and touch memory for *nbytes* in the background, as far as the budget allows. Returns at once."""
+    def prefault(self, files: Collection[int]) -> None:
+        """
+        Take and touch memory for *files* of so many bytes in the background, as far as the budget allows.
+
+        Returns at once. Every file begins in a slot of its own; of a slot no more is touched than the largest file has.
+        """
         self.stop()
+        wanted = sum(-(-nbytes // SLOT_NBYTES) for nbytes in files)
         with self._changed:
-            missing = min(-(-nbytes // SLOT_NBYTES), self._capacity()) - self._held
+            missing = min(wanted, self._capacity()) - self._held
             if missing <= 0:
                 return
             self._is_stopped = False
             self._prefaulting = threading.Thread(
-                target=self._touch, args=(missing,), name="ckptman-prefault", daemon=True
+                target=self._touch, args=(missing, min(max(files), SLOT_NBYTES)), name="ckptman-prefault", daemon=True
             )
         try:
             self._prefaulting.start()
@@ -188,7 +193,7 @@ class Arena:
             del self._free[:surplus]
             self._held -= surplus
 
-    def _touch(self, count: int) -> None:
+    def _touch(self, count: int, nbytes: int) -> None:
         for _ in range(count):
             with self._changed:
                 if self._is_stopped or self._ceiling is not None:
@@ -196,7 +201,7 @@ class Arena:
                 self._held += 1  # promised before it is there: who needs it waits for it
             slot = self._new(1)
             if slot:
-                ctypes.memset(slot[0].tensor.data_ptr(), 0, SLOT_NBYTES)  # leaves the interpreter to others meanwhile
+                ctypes.memset(slot[0].tensor.data_ptr(), 0, nbytes)  # leaves the interpreter to others meanwhile
             with self._changed:
                 self._held += len(slot) - 1
                 if not slot:

@@ -8,7 +8,8 @@ Borrowing: a tensor that is as it was in an earlier checkpoint is pointed at, no
    staged. Those whose digests are equal are borrowed; nothing else ever is. No flag is believed: the version counter of
    a tensor does not move with every change.
 3. The reasons: no optimizer of the state owns the tensor, or its digests were equal in the last two checkpoints. One
-   that was expected unchanged and had changed is expected to change until two digests are equal again.
+   was expected unchanged and had changed is expected to change until two digests are equal again. Of a component of
+   very many tensors a few are hashed first: where all of them have changed, the others are not even looked up.
 4. A file is borrowed only where that saves at least half of it, and 1 MiB. Otherwise one small tensor would keep a
    whole old file on the disk: what is needed of it is written anew, and the file goes with its last checkpoint.
 5. The commit refuses a checkpoint that borrows a file which the record that it is built on does not need
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import random
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +40,13 @@ WORTHWHILE_SHARE = 0.5
 WORTHWHILE_NBYTES = 1 << 20
 """And how many bytes. Fewer cost less to write than to depend on another attempt's folder for."""
 
-
 _TINY_NBYTES = 4096
+
+_MANY = 1024
+"""Tensors of a component, from which on it pays to hash a few of them first."""
+
+_FEW = 32
+"""Were half of the bytes unchanged, all of so few bytes drawn at random would have changed once in 2**32 saves."""
 
 Key = tuple[str, tuple[int, ...] | None]
 """A leaf, or a stored chunk: the name of its tensor, and where in that it begins (None: it is the whole)."""
@@ -115,6 +122,11 @@ class Borrowing:
     def __init__(self) -> None:
         self._lender: _Lender | None = None
 
+    @property
+    def has_lender(self) -> bool:
+        """Whether there is anything to borrow from."""
+        return self._lender is not None
+
     @no_search_for_cycles()
     def saved(self, manifest: Manifest) -> None:
         """*manifest* was committed by us."""
@@ -144,12 +156,11 @@ class Borrowing:
         lender = self._lender
         if lender is None or lender.manifest.attempt not in attempts:
             return Borrowed()
-        leaves = [
-            leaf
+        parts = [
+            [leaf for leaf in part.leaves if leaf.tensor.data_ptr() not in trained or key_of(leaf) in lender.steady]
             for part in captured.values()
-            for leaf in part.leaves
-            if leaf.tensor.data_ptr() not in trained or key_of(leaf) in lender.steady
         ]
+        leaves = [leaf for part in parts if not _have_changed(part, lender) for leaf in part]
         if sum(leaf.tensor.nbytes for leaf in leaves) < WORTHWHILE_NBYTES or not lender.may_lend():
             return Borrowed()
         expected = [
@@ -207,6 +218,19 @@ class _ByChunk:
 
 def _only(tensor: Tensor, chunk: Chunk) -> Tensor:
     return msgspec.structs.replace(tensor, chunks=(chunk,))
+
+
+def _have_changed(leaves: Sequence[Leaf], lender: _Lender) -> bool:
+    """Whether, of very many *leaves*, all of a few have changed. A wrong yes costs writing the others once more."""
+    if len(leaves) < _MANY:
+        return False
+    # a generator of our own: the program's must not notice that it was saved
+    few = random.Random(len(leaves)).choices(leaves, [leaf.tensor.nbytes + 1 for leaf in leaves], k=_FEW)
+    names = {leaf.name for leaf in few}
+    stored = _ByChunk([tensor for tensor in lender.listed if tensor.name in names])
+    pairs = [(leaf, tensor) for leaf in few if (tensor := stored.get(key_of(leaf))) is not None]
+    block_nbytes = lender.manifest.block_nbytes
+    return not any(_agrees(leaf, tensor) and _is_unchanged(leaf.tensor, tensor, block_nbytes) for leaf, tensor in pairs)
 
 
 def _expected(leaf: Leaf, lender: _Lender, trained: Collection[int]) -> Tensor | None:

@@ -29,6 +29,9 @@ from ckptman.types import Checkpoint
 
 _log = logging.getLogger("ckptman")
 
+_STREAMS_NBYTES = 1 << 14
+"""What the random streams take at most, without accelerators."""
+
 BLOCKING_SLOTS = 3
 """What a save takes that training waits for: one slot is written, one is filled, and one lies ready between them."""
 
@@ -43,6 +46,9 @@ class Source:
     arena: Arena
     confirm: Callable[[], None]  # to be called before the commit; raises where the staged bytes must not be used
 
+
+Attempts = Callable[[], Collection[str]]
+"""Gives the attempts that the catalog lists."""
 
 Write = Callable[[Source], Checkpoint]
 """Writes and commits one save."""
@@ -83,7 +89,7 @@ class Engine:
     def prefault(self) -> None:
         """Take the staging memory that the state will need, in the background."""
         if self._state and self._limits.prefault:
-            self._arena.prefault(expected_nbytes(self._state, ranks=self._ranks))
+            self._arena.prefault([*expected_nbytes(self._state, ranks=self._ranks), _STREAMS_NBYTES])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -101,12 +107,13 @@ class Engine:
         else:
             self.background.admit()
 
-    def save_now(self, write: Write, captured: Mapping[str, Captured], attempts: Collection[str]) -> Checkpoint:
+    def save_now(self, write: Write, captured: Mapping[str, Captured], attempts: Attempts) -> Checkpoint:
         """Stage and write at the same time, through a few slots; return what *write* returns."""
         self._arena.stop()
         if not self._has_saved:
             self._arena.trim(BLOCKING_SLOTS)  # perhaps all saves of this program block: see Limits.prefault
         self._has_saved = True
+        attempts()  # here training waits for the disk anyway
         borrowed = self._borrow(captured, attempts, self._trained())
         staging = self._staging(captured, borrowed, slots=BLOCKING_SLOTS)
         with self._renewing_the_arena_on_failure(), Stream(self._arena) as stream:
@@ -128,7 +135,7 @@ class Engine:
         self,
         write: Write,
         captured: Mapping[str, Captured],
-        attempts: Collection[str],
+        attempts: Attempts,
         *,
         step: int,
         began: float,
@@ -140,7 +147,8 @@ class Engine:
         Args:
             write: Called on the writing thread.
             captured: The state.
-            attempts: Those that the catalog lists.
+            attempts: Asked for those that the catalog lists once all is staged, or before where there is something to
+                borrow from: it waits for the right to change the root, and raises.
             step: Of the save.
             began: When ``save`` was called, on the monotonic clock.
             on_staged: Called with the bytes to be written and the stall in seconds, before this returns.
@@ -154,6 +162,7 @@ class Engine:
             stream = Stream(self._arena)
             fits = staging.reserve()
             deferred = self._stage(staging, stream, captured, step, trained) if fits else None
+            attempts()
             stall_s = time.monotonic() - began
             confirm = deferred.confirm if deferred else _nothing
             source = Source(staging.files, borrowed, iter(stream), self._arena, confirm)
@@ -211,10 +220,10 @@ class Engine:
         return addresses(live for live in self._state.values() if isinstance(live, Optimizer))
 
     @no_search_for_cycles()
-    def _borrow(
-        self, captured: Mapping[str, Captured], attempts: Collection[str], trained: Collection[int]
-    ) -> Borrowed:
-        return self.borrowing.find(captured, trained=trained, attempts=attempts)
+    def _borrow(self, captured: Mapping[str, Captured], attempts: Attempts, trained: Collection[int]) -> Borrowed:
+        if not self.borrowing.has_lender:
+            return Borrowed()
+        return self.borrowing.find(captured, trained=trained, attempts=attempts())
 
     def _stage(
         self, staging: Staging, stream: Stream, captured: Mapping[str, Captured], step: int, trained: Collection[int]

@@ -36,7 +36,7 @@ from ckptman.pipeline.staging import Staging
 from ckptman.pipeline.stream import Stream
 from ckptman.state.capture import Captured
 from ckptman.state.dtensor import is_sharded, local
-from ckptman.state.tensors import is_plain
+from ckptman.state.tensors import are_simple, is_plain
 
 _POLL_S = 0.1
 
@@ -194,12 +194,14 @@ class Overlap:
 
 def addresses(optimizers: Iterable[Optimizer]) -> set[int]:
     """Where the tensors begin that *optimizers* own: parameters, and what their state holds."""
-    return {tensor.data_ptr() for optimizer in optimizers for tensor in _tensors(optimizer) if _is_dense(tensor)}
+    tensors = [tensor for optimizer in optimizers for tensor in _wholes(optimizer)]
+    if not are_simple(tensors, anchored=True):
+        tensors = [one for one in map(_held, tensors) if _is_dense(one)]
+    return set(map(torch.Tensor.data_ptr, tensors)) - {0}  # where an empty one would be
 
 
-def _tensors(optimizer: Optimizer) -> Iterator[torch.Tensor]:
-    for tensor in _wholes(optimizer):
-        yield local(tensor) if is_sharded(tensor) else tensor
+def _held(tensor: torch.Tensor) -> torch.Tensor:
+    return local(tensor) if is_sharded(tensor) else tensor
 
 
 def _wholes(optimizer: Optimizer) -> Iterator[torch.Tensor]:
@@ -207,11 +209,11 @@ def _wholes(optimizer: Optimizer) -> Iterator[torch.Tensor]:
         yield from group["params"]
     for values in optimizer.state.values():
         if isinstance(values, dict):
-            yield from (value for value in values.values() if isinstance(value, torch.Tensor))
+            yield from [value for value in values.values() if isinstance(value, torch.Tensor)]
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested and tensor.numel() > 0
+    return is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def _tells_before_it_steps(optimizer: Optimizer) -> bool:

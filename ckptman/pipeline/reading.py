@@ -17,7 +17,7 @@ from ckptman.format.manifest import Chunk, File, Manifest, Tensor, box_of
 from ckptman.plan.boxes import Band, slices
 from ckptman.plan.load import Need, needs
 from ckptman.repository.ranges import RangedReader
-from ckptman.repository.reading import CheckedReader, Part, Piece, parts_of, pieces
+from ckptman.repository.reading import NEAR_SPAN_NBYTES, CheckedReader, Part, Piece, parts_of, pieces
 from ckptman.state.dtensor import Shard, is_sharded, shards
 from ckptman.state.tensors import as_bytes, dtype_of, is_row_major, overwrite, overwrite_part
 from ckptman.storage.base import Distant, Storage
@@ -50,10 +50,11 @@ def fill(storage: Storage, manifest: Manifest, targets: Mapping[str, torch.Tenso
             needed.append(partial(reader.header, file))
             is_straight = [placing.is_straight(part) for part in parts]
             chosen = list(compress(parts, is_straight))
-            cut = pieces(chosen, manifest.block_nbytes)
             if isinstance(storage, Distant):
+                cut = pieces(chosen, manifest.block_nbytes)
                 straight += RangedReader(storage, reader, file, placing.memory, placing.place).jobs(cut)
             else:
+                cut = pieces(chosen, manifest.block_nbytes, span_nbytes=NEAR_SPAN_NBYTES)
                 straight += [partial(reader.read, file, one, placing.memory, place=placing.place) for one in cut]
             straight += [partial(reader.read_run, file, *run) for run in resharding.runs(number, manifest.block_nbytes)]
             others += [(file, part) for part, is_one in zip(parts, is_straight, strict=True) if not is_one]

@@ -7,13 +7,14 @@ Which checkpoint it is, and what it falls back to, is agreed in `ckptman.pipelin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from ckptman.errors import SaveFailed
 from ckptman.events import Damaged, Event
 from ckptman.format.catalog import Entry
 from ckptman.format.manifest import Manifest
+from ckptman.pipeline.ahead import reading_ahead
 from ckptman.pipeline.borrowing import Borrowing
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.ranks import Ranks
@@ -105,7 +106,8 @@ class Restoring:
         found: list[Restoration] = []
         values: list[dict[str, object]] = []
 
-        ranks.do(lambda: found.append(self._compared(state, wanted, manifest)))
+        with nullcontext() if ranks.are_many else reading_ahead(repository.storage, manifest, wanted.only):
+            ranks.do(lambda: found.append(self._compared(state, wanted, manifest)))
         restoration = found[0]
         with self._half_restoring(entry, restoration):
             fill_together(

@@ -198,7 +198,7 @@ def _copy_host_memory(region: torch.Tensor, tensors: Sequence[torch.Tensor]) -> 
 def _copy_chosen(slot: torch.Tensor, run: Run, tensors: Sequence[torch.Tensor], chosen: Chosen, queued: bool) -> None:
     at = run.at
     for tensor in tensors[run.first : run.last]:
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = tensor.nbytes
         if chosen(tensor):
             _copy_run(slot[at : at + nbytes], [tensor], queued)
         at += nbytes

@@ -1,8 +1,8 @@
 """
 Beginning a save: the live state is captured, and it is known what this process writes, and who commits it.
 
-A process alone takes the right to change the root, then captures. Many ranks do it together (`Sharing`); rank 0 takes
-the right. Whatever stops a rank from beginning is told to all: they may have begun, and would wait for it.
+A process alone captures and stages while it takes the right to change the root. Many ranks do it together (`Sharing`);
+rank 0 takes the right. Whatever stops a rank from beginning is told to all: they may have begun, and would wait for it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Begun:
     Attributes:
         job: The save.
         captured: What this process stages: file → its leaves.
-        attempts: What it may borrow from.
+        attempts: What it may borrow from. Waits until this process may change the root, and raises where it may not:
+            to be asked before ``write`` is called.
         write: Writes and commits, from what is staged.
         abandon: For a failure of staging: tells whoever waits for ``write``. Does nothing once that was called.
     """
 
     job: Job
     captured: Mapping[str, Captured]
-    attempts: Collection[str]
+    attempts: Callable[[], Collection[str]]
     write: Callable[[Source], Saved]
     abandon: Callable[[BaseException], None]
 
@@ -69,17 +70,25 @@ class Starting:
             failure: Of an earlier save, which nobody has heard of yet: it is raised instead, on all ranks.
 
         Raises:
-            SaveFailed, Fenced, LockTimeout, UnsupportedState: Nothing was begun.
+            SaveFailed, Fenced, UnsupportedState: Nothing was begun.
+            LockTimeout: As these, of many ranks; a process alone hears of it from ``attempts``.
         """
         if self._ranks.are_many:
             return self._begin_together(job, state, failure)
         if failure is not None:
             raise failure
-        owner = self._own(job.step)
+        self._claim.begin()
         captured = self._capture(state)
         begun = job.having(captured)
-        attempts = {entry.attempt for entry in owner.newest.checkpoints}
-        return Begun(begun, captured, attempts, lambda source: write_checkpoint(owner, begun, source), lambda _: None)
+
+        def attempts() -> Collection[str]:
+            return {entry.attempt for entry in self._own(job.step).newest.checkpoints}
+
+        def write(source: Source) -> Saved:
+            assert self._claim.held is not None, "attempts were not asked for"
+            return write_checkpoint(self._claim.held, begun, source)
+
+        return Begun(begun, captured, attempts, write, lambda _: None)
 
     def tell_all(self, error: Exception) -> None:
         """This rank cannot begin a save, for *error*, and raises it: so will the others, who may be about to begin."""
@@ -109,7 +118,7 @@ class Starting:
         except RankLost as lost:
             raise failure_of(job.step, lost) from lost
         turn = Turn(self._ranks, self._claim.storage, self._claim.held, job.having(captured), shared)
-        return Begun(turn.job, shared.mine, shared.attempts, turn.write, turn.abandon)
+        return Begun(turn.job, shared.mine, lambda: shared.attempts, turn.write, turn.abandon)
 
     def _capture(self, state: Mapping[str, object]) -> Mapping[str, Captured]:
         with no_search_for_cycles():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from ckptman.format.digest import BLOCK_NBYTES, Hasher, block_digest
 from ckptman.format.manifest import Chunk, File, Tensor
@@ -12,7 +13,7 @@ from ckptman.format.names import data_key
 from ckptman.pipeline.arena import Arena, Slot
 from ckptman.pipeline.cycles import no_search_for_cycles
 from ckptman.pipeline.planning import Part, PlannedFile, Run, Segment
-from ckptman.storage.base import Expects, NewFile, Storage
+from ckptman.storage.base import Distant, Expects, NewFile, Storage
 
 ALONE_NBYTES = 1 << 20
 """So much is copied, digested and written by one thread: to start another one takes longer."""
@@ -27,7 +28,8 @@ def write_files(
     Write every file under new names; return how the manifest describes them and their tensors.
 
     All bytes are durable when this returns; the files' names are not before ``persist``. *slots* are those of the
-    segments of *files*, in order; each is given back to *arena* as soon as it is written.
+    segments of *files*, in order; each is given back to *arena* as soon as it is written. In a distant storage a file
+    is completed while the next one is written.
 
     Raises:
         StorageError: The medium failed. What was written is garbage.
@@ -35,11 +37,15 @@ def write_files(
     """
     described: list[File] = []
     tensors: list[Tensor] = []
-    with ThreadPoolExecutor(1, thread_name_prefix="ckptman-digest") as beside:
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="ckptman-digest") as beside,
+        _Completing(behind=isinstance(storage, Distant)) as completing,
+    ):
         for file in files:
             path = data_key(attempt, file.component)
             digesting = _Digesting(file)
-            with storage.open_new(path) as out:
+            out = storage.open_new(path)
+            try:
                 if isinstance(out, Expects):
                     out.expect(file.layout.nbytes)
                 for segment in file.segments:
@@ -49,6 +55,10 @@ def write_files(
                         _write_segment(out, segment, slot.view, digesting, beside)
                     finally:
                         arena.give_back(slot)
+                completing.commit(out)
+            except BaseException:
+                out.abort()
+                raise
             described.append(file.layout.file(path))
             tensors += digesting.described(len(described) - 1)
     return described, tensors
@@ -75,6 +85,38 @@ def _begin(executor: ThreadPoolExecutor, work: Callable[[], Result]) -> Callable
     except RuntimeError:  # the interpreter waits for this last save before it exits, and starts no thread any more
         done = work()
         return lambda: done
+
+
+class _Completing:
+    """
+    Commits files one after the other, with *behind* each while the next one is written.
+
+    When its block is left without an error all are committed; and however it is left, none is being committed any
+    more.
+    """
+
+    def __init__(self, *, behind: bool) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ckptman-complete") if behind else None
+        self._committed: Callable[[], object] = lambda: None
+
+    def commit(self, out: NewFile) -> None:
+        """Begin to commit *out*, once the one before it is committed. Nobody else may touch it from then on."""
+        self._committed()
+        if self._thread is None:
+            out.commit()
+        else:
+            self._committed = _begin(self._thread, out.commit)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if kind is None:
+            self._committed()
 
 
 class _Digesting:

@@ -33,12 +33,12 @@ class RootLock:
             self._lock.acquire(timeout=timeout_s)
         except Timeout:
             return False
-        except PermissionError as error:
-            doing = hinted(f"cannot lock {self._lock.lock_file}", error)
-            raise StorageError.from_os(error, doing) from error
         except (OSError, NotImplementedError) as error:
+            doing = f"cannot lock {self._lock.lock_file}"
+            if isinstance(error, OSError) and (told := hinted(doing, error)) != doing:
+                raise StorageError.from_os(error, told) from error
             raise StorageError(
-                f"cannot lock {self._lock.lock_file}: {error}. A root needs a filesystem with working file locks",
+                f"{doing}: {error}. A root needs a filesystem with working file locks",
                 errno=getattr(error, "errno", None),
             ) from error
         return True

@@ -7,6 +7,7 @@ into the memory that the caller gives.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ from ckptman.storage.base import Distant, KeyMissing, NotAFile, lacking
 
 SPAN_NBYTES = 8 << 20
 """Chunks smaller than this are read together, up to this many bytes at a time."""
+
+NEAR_SPAN_NBYTES = 1 << 20
+"""
+The same where a request costs little: what was read beside its place is then copied from the processor's cache.
+
+Filling 400 tensors of 52 MB from the page cache took 30 – 33 ms of CPU; by 8 MiB, each in new memory, 38 – 51 ms.
+"""
 
 GAP_NBYTES = 64 << 10
 """Neighbours are read together only where no more than this, which nobody wants, lies between them."""
@@ -68,11 +76,15 @@ class Piece:
     is_last: bool
 
 
-def pieces(parts: Sequence[Part], block_nbytes: int) -> Iterator[Piece]:
-    """Cut *parts* of one file, in the order of their bytes, into pieces to be read independently."""
-    for span in _spans(parts):
+def pieces(parts: Sequence[Part], block_nbytes: int, *, span_nbytes: int = SPAN_NBYTES) -> Iterator[Piece]:
+    """
+    Cut *parts* of one file, in the order of their bytes, into pieces to be read independently.
+
+    What is smaller than *span_nbytes* is read together with its neighbours, up to so much.
+    """
+    for span in _spans(parts, span_nbytes):
         nbytes = span[0].chunk.nbytes
-        if len(span) > 1 or nbytes < SPAN_NBYTES:
+        if len(span) > 1 or nbytes < span_nbytes:
             yield Piece(span, None, span[0].chunk.start, span[-1].stop, True)
         else:
             first = span[0].chunk.start
@@ -93,21 +105,29 @@ def parts_of(manifest: Manifest, names: Iterable[str] | None = None) -> list[lis
     return by_file
 
 
+def _fresh(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
+
+
 class CheckedReader:
     """Reads the files of one checkpoint. Every method raises `IntegrityError` naming step, file and tensor."""
 
     def __init__(self, storage: Readable, manifest: Manifest) -> None:
         self._storage = storage
         self._manifest = manifest
+        self._kept = threading.local()
 
     def header(self, file: File) -> bytes:
         """The safetensors header of *file* (its length field included), after checking the file's size."""
+        header = bytearray(8 + file.header_nbytes)
         with self._naming_damage(file, None):
-            nbytes = self._storage.size(file.path)
+            if isinstance(self._storage, Distant):
+                got, nbytes = self._storage.read_beginning(file.path, memoryview(header))
+            else:
+                nbytes, got = self._storage.size(file.path), self._storage.read_into(file.path, 0, memoryview(header))
         if nbytes != file.nbytes:
             raise self._damage(f"{file.path} has {nbytes} bytes instead of {file.nbytes}", file)
-        header = bytearray(8 + file.header_nbytes)
-        self._fill(file, 0, memoryview(header), None)
+        self._refuse_short(file, 0, got, len(header), None)
         if block_digest(header) != file.header_digest:
             raise self._damage(f"the header of {file.path} is damaged", file)
         return bytes(header)
@@ -125,19 +145,26 @@ class CheckedReader:
 
         What was read together is given to *place*, where there is one, instead of being copied into *memory*.
         """
-        view = self.room(piece, memory)
+        view = self.room(piece, memory, scratch=self._scratch)
         self._fill(file, piece.start, view, piece.parts[0].tensor)
         self.accept(file, piece, view, place or placing_in(memory))
 
-    def room(self, piece: Piece, memory: Memory) -> memoryview:
-        """Where the bytes of *piece* are to be read: into *memory*, or beside it."""
+    def room(self, piece: Piece, memory: Memory, *, scratch: Callable[[int], memoryview] = _fresh) -> memoryview:
+        """Where the bytes of *piece* are to be read: into *memory*, or beside it, into *scratch* of so many bytes."""
         nbytes = piece.stop - piece.start
         if piece.block is not None:
             into = memory(piece.parts[0].tensor, piece.parts[0].chunk)
             if into is not None:
                 start = piece.block * self._manifest.block_nbytes
                 return into[start : start + nbytes]
-        return memoryview(bytearray(nbytes))
+        return scratch(nbytes)
+
+    def _scratch(self, nbytes: int) -> memoryview:
+        """Memory of this thread, until its next piece: pages that were touched before take no time to be had."""
+        kept: memoryview | None = getattr(self._kept, "memory", None)
+        if kept is None or len(kept) < nbytes:
+            kept = self._kept.memory = _fresh(nbytes)
+        return kept[:nbytes]
 
     def accept(self, file: File, piece: Piece, view: memoryview, place: Place) -> None:
         """Check the bytes of *piece*, which lie in *view*; have *place* put what was read beside where it belongs."""
@@ -238,13 +265,13 @@ def placing_in(memory: Memory) -> Place:
     return place
 
 
-def _spans(parts: Sequence[Part]) -> Iterator[list[Part]]:
-    """Group neighbours so that no group reaches over more than `SPAN_NBYTES`, unless it is one large chunk."""
+def _spans(parts: Sequence[Part], nbytes: int) -> Iterator[list[Part]]:
+    """Group neighbours so that no group reaches over more than *nbytes*, unless it is one large chunk."""
     span: list[Part] = []
     first = end = 0
     for part in parts:
         start, stop = part.chunk.start, part.stop
-        if span and (stop - first > SPAN_NBYTES or start - end > GAP_NBYTES):
+        if span and (stop - first > nbytes or start - end > GAP_NBYTES):
             yield span
             span = []
         first, end = first if span else start, stop

@@ -119,6 +119,32 @@ class Collector:
             return self._parts(self._unique(name), take_apart(tensor), tensor, path, anchored=anchored)
         return self._strided(name, tensor, anchored=anchored)
 
+    def take_all(
+        self, names: Collection[str], tensors: Collection[object], *, anchored: bool = False
+    ) -> list[str] | None:
+        """
+        Take *tensors* under *names*, as ``tensor`` would take each, if there is nothing special about any of them.
+
+        What is asked of a tensor is asked of all of them in one pass.
+
+        Returns:
+            Their full names; None where one is special, tied, empty, or no tensor: then nothing was taken.
+        """
+        full = [f"{self.component}/{name}" for name in names]
+        if not are_simple(tensors, anchored=anchored) or len(set(full)) < len(full) or not self._taken.isdisjoint(full):
+            return None
+        simple = cast("list[torch.Tensor]", list(tensors))
+        places = list(map(torch.Tensor.data_ptr, simple))
+        if 0 in places or len(set(places)) < len(places) or not self._seen.keys().isdisjoint(places):
+            return None
+        self._taken.update(full)
+        self._seen.update(zip(places, zip(map(TensorRef, full), simple, strict=True), strict=True))
+        self.leaves += [
+            Leaf(name=name, tensor=tensor.detach(), is_parameter=type(tensor) is Parameter)
+            for name, tensor in zip(full, simple, strict=True)
+        ]
+        return full
+
     def _strided(self, name: str, tensor: torch.Tensor, *, anchored: bool) -> TensorRef:
         full = self._unique(name)
         ref = self._met(full, tensor)
@@ -206,24 +232,15 @@ class Collector:
 
         What is asked of a tensor is asked of all of them in one pass, and what it is called is found out once.
         """
-        if len(values) < _MANY or not are_simple(values.values()):
+        if len(values) < _MANY:
             return None
-        tensors = cast("list[torch.Tensor]", list(values.values()))
-        stem, places = self._stem(values, path), list(map(torch.Tensor.data_ptr, tensors))
-        if stem is None or 0 in places or len(set(places)) < len(places) or not self._seen.keys().isdisjoint(places):
-            return None
-        names = [f"{self.component}/{stem}{key}" for key in values]
-        if not self._taken.isdisjoint(names):
-            return None
-        self._taken.update(names)
-        self._seen.update(zip(places, zip(map(TensorRef, names), tensors, strict=True), strict=True))
-        self.leaves += [Leaf(name=name, tensor=tensor.detach()) for name, tensor in zip(names, tensors, strict=True)]
-        return names
+        stem = self._stem(values, path)
+        return None if stem is None else self.take_all([f"{stem}{key}" for key in values], values.values())
 
     def _stem(self, keys: Collection[str], path: str) -> str | None:
         """What comes before each of *keys* in the name of what lies under it; None where `_name_of` does more to it."""
         every = "".join(keys)
-        if _SPECIAL.search(every) or "\\" in every or not every.isprintable():
+        if not is_shown_as_it_is(every):
             return None
         stem = self._name_of(f"{path}['{_KEY}']").removesuffix(_KEY)
         if stem or ("." not in every and "" not in keys):
@@ -248,6 +265,11 @@ class Collector:
             full = f"{stem}~{count}"
         self._taken.add(full)
         return full
+
+
+def is_shown_as_it_is(keys: str) -> bool:
+    """Whether *keys*, one behind the other, stand in a path, and in the name of a tensor, as they are."""
+    return not _SPECIAL.search(keys) and "\\" not in keys and keys.isprintable()
 
 
 _Met = tuple[TensorRef, torch.Tensor]

@@ -166,12 +166,13 @@ def settle(state: Mapping[str, object]) -> None:
     module = sys.modules.get("torch.distributed.fsdp")
     if module is None:
         return
+    first, second = module.FullyShardedDataParallel, getattr(module, "FSDPModule", ())
     for name, live in state.items():
         for part in live.modules() if isinstance(live, nn.Module) else ():
-            if flat.is_wrapper(part):
+            if isinstance(part, first):
                 flat.settle(name, part)
-            if isinstance(part, getattr(module, "FSDPModule", ())):
-                part.reshard()  # type: ignore[operator]
+            if isinstance(part, second):
+                part.reshard()
 
 
 def is_of_fsdp2(hook: object) -> bool:

@@ -57,10 +57,16 @@ class FlatShard(torch.Tensor):
 _KNOWN: MutableMapping[torch.Tensor, FlatShard] = WeakIdKeyDictionary()  # by parameter; anew by each `settle`
 
 
+def wrapper() -> type[nn.Module] | None:
+    """FSDP1's class of modules; None where nobody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return None if fsdp is None else fsdp.FullyShardedDataParallel
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether *module* is FSDP1's."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    known = wrapper()
+    return known is not None and isinstance(module, known)
 
 
 def settle(name: str, module: nn.Module) -> None:
@@ -90,9 +96,14 @@ def settle(name: str, module: nn.Module) -> None:
         _KNOWN[parameter] = FlatShard(parameter.detach(), start, tuple(shape))
 
 
+def is_in_use() -> bool:
+    """Whether a parameter may be one of FSDP1's: else `whole` and `beside` give back what they are given."""
+    return len(_KNOWN) > 0
+
+
 def whole(parameter: torch.Tensor) -> torch.Tensor:
     """What *parameter* is a range of, where it is one of FSDP1's; else itself."""
-    return _KNOWN.get(parameter, parameter)
+    return _KNOWN.get(parameter, parameter) if is_in_use() else parameter
 
 
 def is_nothing(parameter: torch.Tensor) -> bool:

@@ -19,7 +19,7 @@ import msgspec
 import torch
 from torch import nn
 
-from ckptman.format.values import TensorRef
+from ckptman.format.values import Ready, TensorRef, are_plain_keys, tensor_tree
 from ckptman.state import flat
 from ckptman.state.collecting import Collector
 from ckptman.state.dtensor import is_of_fsdp2, is_sharded
@@ -31,7 +31,8 @@ from ckptman.state.trees import give_tree
 EXTRA = "_extra_state"
 
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
-_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
+_METHODS = frozenset({"state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict"})
+_NONE: dict[int, object] = {}
 
 
 class ModuleState(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -47,6 +48,10 @@ class Entry(msgspec.Struct, frozen=True):
     owner: nn.Module
     key: str
     tensor: torch.Tensor | None
+
+
+Owner = tuple[str, str, nn.Module]
+"""A module of a tree, unwrapped; before it, its prefix and the one that torch itself would use."""
 
 
 def unwrapped(module: nn.Module) -> tuple[nn.Module, str]:
@@ -68,14 +73,27 @@ def _wraps_under(module: nn.Module) -> str | None:
     return "_orig_mod" if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
-def walk(module: nn.Module, prefix: str = "", raw: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """Every module of the tree, unwrapped, with its prefix and the one that torch itself would use."""
-    module, wrappers = unwrapped(module)
-    raw += wrappers
-    yield prefix, raw, module
+def walk(module: nn.Module) -> list[Owner]:
+    """Every module of the tree, in the order of its ``state_dict``."""
+    found: list[Owner] = []
+    _walk(module, "", "", _wrappers(), found)
+    return found
+
+
+def _walk(module: nn.Module, prefix: str, raw: str, wrappers: tuple[type, ...], found: list[Owner]) -> None:
+    if isinstance(module, wrappers):
+        module, wrapping = unwrapped(module)
+        raw += wrapping
+    found.append((prefix, raw, module))
     for name, child in module._modules.items():
         if child is not None:
-            yield from walk(child, f"{prefix}{name}.", f"{raw}{name}.")
+            _walk(child, f"{prefix}{name}.", f"{raw}{name}.", wrappers, found)
+
+
+def _wrappers() -> tuple[type, ...]:
+    """The classes that `_wraps_under` may know: asked once for a whole tree."""
+    known = [flat.wrapper(), getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)]
+    return (nn.parallel.DistributedDataParallel, nn.DataParallel, *(kind for kind in known if kind is not None))
 
 
 def parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -88,8 +106,12 @@ def parameters(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def entries(module: nn.Module) -> dict[str, Entry]:
     """What is saved of *module*, in the order of its ``state_dict``."""
+    return _entries(walk(module))
+
+
+def _entries(owners: list[Owner]) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
-    for prefix, _, owner in walk(module):
+    for prefix, _, owner in owners:
         for key, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None and key not in owner._non_persistent_buffers_set:
                 found[prefix + key] = Entry(owner, key, flat.whole(tensor))
@@ -100,33 +122,53 @@ def entries(module: nn.Module) -> dict[str, Entry]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether some module of the tree has a say of its own in saving or loading."""
-    return any(_has_own_way(owner) for _, _, owner in walk(module))
+    return _have_own_way(walk(module))
+
+
+def _have_own_way(owners: list[Owner]) -> bool:
+    modules = [owner for _, _, owner in owners]
+    # a class is asked once, however many modules of it there are
+    return any(map(_overrides, set(map(type, modules)))) or any(map(_has_own_way, modules))
 
 
 def _has_own_way(owner: nn.Module) -> bool:
-    hooks = (hook for name in _HOOKS for hook in (getattr(owner, name, None) or {}).values())
-    return not all(map(is_of_fsdp2, hooks)) or any(_is_overridden(owner, name) for name in _METHODS)
+    hooks = [hook for name in _HOOKS for hook in (getattr(owner, name, None) or _NONE).values()]
+    return not _METHODS.isdisjoint(vars(owner)) or not all(map(is_of_fsdp2, hooks))
 
 
-def _is_overridden(owner: nn.Module, name: str) -> bool:
-    method = getattr(type(owner), name)
-    # torch's own overrides (BatchNorm) only serve files of old versions
-    ours = method is getattr(nn.Module, name) or method.__module__.startswith("torch.nn.modules.")
-    return name in vars(owner) or not ours
+def _overrides(kind: type[nn.Module]) -> bool:
+    """Whether a class has a method of its own; torch's overrides (BatchNorm) only serve files of old versions."""
+    methods = [(name, getattr(kind, name)) for name in _METHODS]
+    return not all(
+        method is getattr(nn.Module, name) or method.__module__.startswith("torch.nn.modules.")
+        for name, method in methods
+    )
 
 
 def capture(module: nn.Module, collector: Collector) -> dict[str, Any]:
     """The state of *module*. Calls nothing of it but ``get_extra_state``, or ``state_dict`` if it has hooks."""
-    if has_hooks(module):
+    owners = walk(module)
+    if _have_own_way(owners):
         return _capture_through_hooks(module, collector)
+    known = _entries(owners)
+    names = _take_all(known, collector)
+    if names is not None:
+        return {"entries": Ready(dict(zip(known, map(tensor_tree, names), strict=True)))}
     found: dict[str, object] = {}
-    for name, entry in entries(module).items():
+    for name, entry in known.items():
         if entry.tensor is None:
             found[name] = entry.owner.get_extra_state()
         else:
             path = f"{collector.component}.{name}"
             found[name] = collector.tensor(name, entry.tensor, path, anchored=True)
     return {"entries": found}
+
+
+def _take_all(known: Mapping[str, Entry], collector: Collector) -> list[str] | None:
+    """All tensors at once, where there is nothing special about any, and no extra state."""
+    if not are_plain_keys(known.keys()):
+        return None
+    return collector.take_all(known, [entry.tensor for entry in known.values()], anchored=True)
 
 
 def _capture_through_hooks(module: nn.Module, collector: Collector) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import torch
 from torch.optim import Optimizer
 
 from ckptman.errors import UnsupportedState
-from ckptman.format.values import TensorRef
+from ckptman.format.values import Ready, TensorRef, are_plain_keys, tensor_tree
 from ckptman.state import flat, modules
-from ckptman.state.collecting import Collector
+from ckptman.state.collecting import Collector, is_shown_as_it_is
 from ckptman.state.filling import CPU, Filling, Give, Phase, give_back
 from ckptman.state.stored import Stored
 from ckptman.state.tensors import dtype_of, fresh
@@ -112,12 +112,34 @@ def capture(optimizer: Optimizer, collector: Collector) -> dict[str, Any] | OwnF
             members[name] = tuple(flat.whole(parameter).shape)
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         groups.append({"members": members, "settings": settings})
+    states = {names[key]: value for key, value in packed["state"].items() if key in names}
     return {
         "kind": type(optimizer).__qualname__,
         "groups": groups,
-        "state": {names[key]: _plain(value, parameters[key]) for key, value in packed["state"].items() if key in names},
+        "state": _taken(states, collector)
+        or {names[key]: _plain(value, parameters[key]) for key, value in packed["state"].items() if key in names},
         "other": {key: value for key, value in packed["state"].items() if key not in names},
     }
+
+
+def _taken(states: Mapping[str, object], collector: Collector) -> Ready | None:
+    """
+    *states*, by member, as they will be read back; their tensors are taken, all at once, under ``<member>.<key>``.
+
+    None, and nothing is taken, where one holds anything else than tensors, or one of these is special.
+    """
+    members = cast("Mapping[str, dict[str, object]]", states)
+    if flat.is_in_use() or not {dict}.issuperset(map(type, states.values())) or not are_plain_keys(states.keys()):
+        return None
+    keys = [key for values in members.values() for key in values]
+    if not are_plain_keys(keys) or not is_shown_as_it_is("".join((*states, *keys))):
+        return None
+    names = [f"{member}.{key}" for member, values in members.items() for key in values]
+    full = collector.take_all(names, [tensor for values in members.values() for tensor in values.values()])
+    if full is None:
+        return None
+    trees = map(tensor_tree, full)
+    return Ready({member: dict(zip(values, trees)) for member, values in members.items()})  # noqa: B905 - a few each
 
 
 def _plain(values: object, parameter: torch.Tensor) -> object:

@@ -13,23 +13,27 @@ from ckptman.state.dtensor import is_sharded
 from ckptman.state.tensors import TieKey, is_plain, tie_key
 
 
-def expected_nbytes(state: Mapping[str, object], *, ranks: int = 1) -> int:
+def expected_nbytes(state: Mapping[str, object], *, ranks: int = 1) -> list[int]:
     """
-    Bytes of the tensors of modules, optimizers and tensor components; tied ones count once. Of several ranks: a share.
+    Bytes of each component that has tensors: modules, optimizers and tensors. Tied ones count once. Of several ranks: a
+    share.
 
     A forecast: an optimizer that has not stepped yet is taken to keep, for each parameter, as many moments as its
     settings suggest (Adam and its kin 2, with momentum 1). What other components hold is not counted. Calls nothing of
     the user's.
     """
+    return [nbytes // ranks for nbytes in map(_expected, state.values()) if nbytes]
+
+
+def _expected(live: object) -> int:
     tensors: dict[TieKey, torch.Tensor] = {}
+    for tensor in _tensors(live):
+        if (is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested) or is_sharded(tensor):
+            tensors[tie_key(tensor)] = tensor
     forecast = 0
-    for live in state.values():
-        for tensor in _tensors(live):
-            if (is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_nested) or is_sharded(tensor):
-                tensors[tie_key(tensor)] = tensor
-        if isinstance(live, Optimizer):
-            forecast += sum(_moments(group) for group in live.param_groups) if not live.state else 0
-    return (forecast + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())) // ranks
+    if isinstance(live, Optimizer) and not live.state:
+        forecast = sum(_moments(group) for group in live.param_groups)
+    return forecast + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _tensors(live: object) -> Iterator[torch.Tensor]:

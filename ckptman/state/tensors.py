@@ -242,21 +242,28 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
     )
 
 
-def are_simple(tensors: Collection[object]) -> bool:
+def are_simple(tensors: Collection[object], *, anchored: bool = False) -> bool:
     """
     Whether all *tensors* are of the class that torch gives, ordinary, and host memory that can be copied as it is: with
     nothing to be resolved, and nothing to be noted. Asked of very many at once, in one pass.
+
+    Args:
+        tensors: Any objects.
+        anchored: Whether nothing need be noted that a live tensor knows: then they may be parameters.
     """
-    if not {torch.Tensor}.issuperset(map(type, tensors)):
+    if not (_PLAIN if anchored else {torch.Tensor}).issuperset(map(type, tensors)):
         return False
     plain = cast("Collection[torch.Tensor]", tensors)
     return all(
-        facts == (torch.strided, True, False, False) and dtype in _BY_DTYPE and dtype not in _WITHOUT_COPY
-        for dtype, *rest in set(map(_FACTS, plain))
-        for facts in [tuple(rest)]
-    ) and not any(tensor.is_neg() or tensor.is_conj() for tensor in plain)
+        (layout, is_cpu, is_nested) == (torch.strided, True, False)
+        and (anchored or not requires_grad)
+        and dtype in _BY_DTYPE
+        and dtype not in _WITHOUT_COPY
+        for dtype, layout, is_cpu, is_nested, requires_grad in set(map(_FACTS, plain))
+    ) and not (any(map(torch.Tensor.is_neg, plain)) or any(map(torch.Tensor.is_conj, plain)))
 
 
+_PLAIN = frozenset({torch.Tensor, Parameter})
 _FACTS = operator.attrgetter("dtype", "layout", "is_cpu", "is_nested", "requires_grad")
 
 

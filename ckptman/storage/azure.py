@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
+from ckptman.storage.body import Body
 from ckptman.storage.driver import Upload, create, get_each, refuse_above
 from ckptman.storage.foreign import is_missing, is_transient, status_of
 from ckptman.storage.parts import Part
@@ -38,30 +39,11 @@ STALE = timedelta(days=1)
 _NONCE = "ckptman_nonce"
 
 
-class _Body:
-    """
-    A request's bytes that can be sent once: aiohttp asks an iterable for them.
-
-    Given the bytes themselves it would send a PUT again where a connection was cut: two requests, of which we would
-    see one answer.
-    """
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._is_sent = False
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._is_sent:
-            raise ConnectionError("the connection was cut while a request was sent")
-        self._is_sent = True
-        yield self._data
-
-
 def _send_once(request: Any) -> None:
     """Azure's client calls this before it sends *request*, whose headers tell its length."""
     http = request.http_request
     if isinstance(http.data, bytes):
-        http.data = _Body(http.data)
+        http.data = Body(http.data)
 
 
 _ONCE: dict[str, Any] = {"retry_total": 0, "raw_request_hook": _send_once}  # trying again is ours
@@ -162,6 +144,9 @@ class AzureDriver:
 
     def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
         return get_each(self.get_into, path, start, into)
+
+    def get_beginning(self, path: str, into: memoryview) -> tuple[int, int]:
+        return self.get_into(path, 0, into), self.size(path)
 
     def size(self, path: str) -> int:
         return int(self.ask(path, "get_blob_properties").size)

@@ -240,6 +240,23 @@ class Distant(Protocol):
     def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
         """As `Storage.read_into`, by one request for all of *into*, which are filled one after the other."""
 
+    def read_beginning(self, key: str, into: memoryview) -> tuple[int, int]:
+        """As `Storage.read_into` from byte 0 on; and what `Storage.size` says, by the same request if possible."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A storage whose system can be told what will be read, and fetches it meanwhile into memory of its own."""
+
+    def read_ahead(self, key: str, start: int, nbytes: int) -> None:
+        """
+        Have *nbytes* from *start* on fetched; may return before they are. Promises nothing.
+
+        Raises:
+            KeyMissing: There is no such key.
+            StorageError: The medium failed.
+        """
+
 
 @runtime_checkable
 class Swaps(Protocol):

@@ -57,6 +57,9 @@ class Driver(Protocol):
     def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
         """As ``get_into``, by one request for all of *into*, which are filled one after the other."""
 
+    def get_beginning(self, path: str, into: memoryview) -> tuple[int, int]:
+        """As ``get_into`` from byte 0 on, and the ``size``."""
+
     def size(self, path: str) -> int: ...
 
     def modified_at(self, path: str) -> datetime:
@@ -126,6 +129,9 @@ class AnyDriver:
 
     def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
         return get_each(self.get_into, path, start, into)
+
+    def get_beginning(self, path: str, into: memoryview) -> tuple[int, int]:
+        return self.get_into(path, 0, into), self.size(path)
 
     def size(self, path: str) -> int:
         found = self._fs.info(path)

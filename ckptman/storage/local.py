@@ -42,6 +42,7 @@ mistakes and stale links out, not an attacker who can write into the root at thi
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import stat
@@ -223,14 +224,20 @@ class LocalStorage:
             nbytes = self._system.fstat(file).st_size
             if nbytes > limit:
                 raise StorageError(f"{key!r} in {self._url} has {nbytes} bytes, at most {limit} can be right", key=key)
-            data = bytearray(nbytes)
-            return bytes(memoryview(data)[: self._fill(file, memoryview(data), start=0)])
+            data = io.BytesIO(bytes(nbytes))  # whose bytes are handed over at the end: no copy of megabytes
+            with data.getbuffer() as view:
+                done = self._fill(file, view, start=0)
+            return data.getvalue() if done == nbytes else data.getvalue()[:done]
 
         return self._opened(key, whole)
 
     def read_into(self, key: str, start: int, into: memoryview) -> int:
         """Fill *into* from byte *start* on; return how many bytes there were. See `Storage.read_into`."""
         return self._opened(key, lambda file: self._fill(file, into, start=start))
+
+    def read_ahead(self, key: str, start: int, nbytes: int) -> None:
+        """Have the system fetch bytes into its page cache. See `ReadsAhead.read_ahead`."""
+        self._opened(key, lambda file: self._system.read_ahead(file, start, nbytes))
 
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Asks by opening: NFS may answer from memory otherwise."""

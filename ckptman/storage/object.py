@@ -173,8 +173,8 @@ class ObjectStorage:
 
     @property
     def read_nbytes(self) -> int:
-        """16 MiB: a request costs a server as much as about one of them. See `Distant`."""
-        return 16 << 20
+        """32 MiB, two parts of an upload: to ask costs both sides as much as some MiB. See `Distant`."""
+        return 32 << 20
 
     def read(self, key: str, *, limit: int) -> bytes:
         """The whole value, of at most *limit* bytes. See `Storage.read`."""
@@ -189,6 +189,11 @@ class ObjectStorage:
         """Fill *into*, one after the other, by one request. See `Distant`."""
         check_key(key)
         return self._try("read", key, lambda driver: driver.get_each(self._path(key), start, into))
+
+    def read_beginning(self, key: str, into: memoryview) -> tuple[int, int]:
+        """Fill *into* from byte 0 on; return how many bytes came, and how many there are. See `Distant`."""
+        check_key(key)
+        return self._try("read", key, lambda driver: driver.get_beginning(self._path(key), into))
 
     def size(self, key: str) -> int:
         """Bytes stored under *key*. Raises `KeyMissing`."""

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ckptman.errors import StorageError
 from ckptman.storage.base import Buffer
+from ckptman.storage.body import PIECE_NBYTES, Body
 from ckptman.storage.driver import Upload, create, cut, refuse_above
 from ckptman.storage.foreign import is_transient, status_of
 from ckptman.storage.retry import Retry
-from ckptman.storage.s3_upload import PART_NBYTES, PIECE_NBYTES, Body, Parts
+from ckptman.storage.s3_upload import PART_NBYTES, InFlight, Parts
 
 if TYPE_CHECKING:
     from ckptman.storage.s3_direct import Prepared
@@ -46,6 +47,7 @@ class S3Driver:
     def __init__(self, filesystem: Any, retry: Retry) -> None:
         self._fs = filesystem
         self._retry = retry
+        self.in_flight = InFlight()
         from ckptman.storage.s3_direct import Direct  # botocore is there where an S3 driver is
 
         self._direct = Direct(filesystem)
@@ -144,7 +146,7 @@ class S3Driver:
         if len(into) <= PART_NBYTES:
             return self.get_each(path, start, [into])
         ranges = [(start + at, into[at : at + PART_NBYTES]) for at in range(0, len(into), PART_NBYTES)]
-        return sum(self._run(_together([self._get_range(path, at, [part]) for at, part in ranges])))
+        return sum(nbytes for nbytes, _ in self._run(_together([self._get_range(path, at, [p]) for at, p in ranges])))
 
     def get_each(self, path: str, start: int, into: Sequence[memoryview]) -> int:
         nbytes = sum(map(len, into))
@@ -152,15 +154,22 @@ class S3Driver:
             found = self.prepared("get_object", path, Range=_range(start, nbytes)).into(into, start)
             if found is not None:
                 return found
-        return self._run(self._get_range(path, start, into))
+        return self._run(self._get_range(path, start, into))[0]
 
-    async def _get_range(self, path: str, start: int, into: Sequence[memoryview]) -> int:
+    def get_beginning(self, path: str, into: memoryview) -> tuple[int, int]:
+        if not 0 < len(into) < RECEIVED_NBYTES:  # here one request more is no matter
+            return self.get_into(path, 0, into), self.size(path)
+        nbytes, size = self._run(self._get_range(path, 0, [into]))
+        return nbytes, self.size(path) if size is None else size
+
+    async def _get_range(self, path: str, start: int, into: Sequence[memoryview]) -> tuple[int, int | None]:
+        """How many bytes came; and the size of the object, if the answer tells it."""
         room = sum(map(len, into))
         try:
             found = await self._request("get_object", path, Range=_range(start, room))
         except Exception as error:
             if status_of(error) == 416:
-                return 0  # it begins beyond the end
+                return 0, 0 if start == 0 else None  # it begins beyond the end
             raise
         try:
             nbytes = int(found["ContentLength"])
@@ -170,7 +179,8 @@ class S3Driver:
                 await _receive(found["Body"], part)
         finally:
             found["Body"].close()
-        return nbytes
+        size = str(found.get("ContentRange", "")).rpartition("/")[2]
+        return nbytes, int(size) if size.isdigit() else None
 
     def size(self, path: str) -> int:
         return int(self.wait(self.begin("head_object", path))["ContentLength"])
@@ -271,11 +281,11 @@ async def _receive(body: Any, into: memoryview) -> None:
         done += len(piece)
 
 
-async def _together(calls: list[Coroutine[Any, Any, int]]) -> list[int]:
+async def _together(calls: list[Coroutine[Any, Any, Result]]) -> list[Result]:
     """All results; if one fails, the others are stopped first, so that none writes into memory afterwards."""
     at_once = asyncio.Semaphore(READS_AT_ONCE)
 
-    async def one(call: Awaitable[int]) -> int:
+    async def one(call: Awaitable[Result]) -> Result:
         async with at_once:
             return await call
 

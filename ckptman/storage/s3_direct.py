@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from http.client import HTTPException, HTTPResponse
 from traceback import clear_frames
 from typing import Any
 
@@ -105,10 +106,11 @@ class Prepared:
             nbytes = _promised(raw, start)
             if nbytes is None or nbytes > sum(map(len, memory)):
                 return None
+            plain = raw._original_response  # urllib3's own readinto makes bytes first, and copies them
             for part in cut(memory, nbytes):
-                _fill(part, raw)
+                _fill(part, plain)
             raw.release_conn()
-        except HTTPError as error:
+        except (HTTPError, HTTPException) as error:
             raise ConnectionError(f"the answer broke off: {error}") from error
         finally:
             raw.close()  # the connection too, unless it was released: what is left on it belongs to nobody
@@ -133,14 +135,16 @@ def _promised(raw: Any, start: int) -> int | None:
     """How many bytes from *start* on the answer has; None if it is none about them."""
     if raw.status != 206 or not raw.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
         return None
+    if "Content-Encoding" in raw.headers:
+        return None
     length = raw.headers.get("Content-Length", "")
     return int(length) if length.isdigit() else None
 
 
-def _fill(memory: memoryview, raw: Any) -> None:
+def _fill(memory: memoryview, answer: HTTPResponse) -> None:
     done = 0
     while done < len(memory):
-        got = raw.readinto(memory[done : done + PIECE_NBYTES])
+        got = answer.readinto(memory[done : done + PIECE_NBYTES])
         if not got:
             raise ConnectionError(f"the answer ended after {done} of {len(memory)} bytes")
         done += got

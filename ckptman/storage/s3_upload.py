@@ -3,21 +3,22 @@ An object in parts, create-only: uploaded while its bytes still come, seen by no
 
 At most `IN_FLIGHT_NBYTES` of parts are on their way and one more is being filled, so an upload takes 64 MiB, whatever
 the size of the object; above 156 GiB parts grow, since there can be 10,000 of them, and at least one is on its way.
+Uploads at the same time share what may be on its way, but for one part of each: a second one takes 32 MiB more.
 What fits into one part is a plain put. Each part under way has a thread, which ends with the upload, or sooner.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
+import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ckptman.errors import StorageError
-from ckptman.storage.base import Buffer
+from ckptman.storage.body import PIECE_NBYTES
 from ckptman.storage.foreign import is_transient
 from ckptman.storage.parts import Part
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 PART_NBYTES = 16 * MIB
 IN_FLIGHT_NBYTES = 48 * MIB
-PIECE_NBYTES = 1 << 18
 MAX_PARTS = 10_000
 MAX_NBYTES = 5 << 40
 """Of one object: S3's own limits."""
@@ -38,44 +38,21 @@ Answer = Mapping[str, Any]
 _SUM = "x-amz-checksum-"
 
 
-class Body:
-    """
-    Bytes for two readers: botocore, which signs and sums a file, and aiohttp, which sends what it iterates over.
+class InFlight:
+    """How many bytes of parts are on their way, of all uploads of a driver."""
 
-    Given the bytes themselves, the event loop would copy whatever the socket does not take at once. And aiohttp would
-    send a PUT again by itself where a connection was cut: two requests, of which we would see one answer. This one can
-    be sent once.
-    """
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._nbytes = 0
 
-    def __init__(self, data: Buffer) -> None:
-        self._data = memoryview(data)
-        self._at = 0
-        self._is_sent = False
+    def add(self, nbytes: int) -> None:
+        """So many more are, or fewer."""
+        with self._mutex:
+            self._nbytes += nbytes
 
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def read(self, nbytes: int = -1) -> bytes:
-        """The next *nbytes*, or all that are left."""
-        stop = len(self._data) if nbytes < 0 else min(len(self._data), self._at + nbytes)
-        start, self._at = self._at, stop
-        return bytes(self._data[start:stop])
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to *offset*; return where that is."""
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._data)}[whence]
-        return self._at
-
-    def tell(self) -> int:
-        """Where the next ``read`` begins."""
-        return self._at
-
-    async def __aiter__(self) -> AsyncIterator[memoryview]:
-        if self._is_sent:
-            raise ConnectionError("the connection was cut while a request was sent")
-        self._is_sent = True
-        for start in range(0, len(self._data), PIECE_NBYTES):
-            yield self._data[start : start + PIECE_NBYTES]
+    def has_room(self, nbytes: int) -> bool:
+        """Whether *nbytes* more may be."""
+        return self._nbytes + nbytes <= IN_FLIGHT_NBYTES
 
 
 class Parts:
@@ -136,7 +113,8 @@ class Parts:
         for _, _, future in self._in_flight:
             future.cancel()
         self._end_senders()  # a part that arrived after the abort would stay on the server
-        self._in_flight.clear()
+        while self._in_flight:
+            self._land()
         self._part, self._free = None, []
         upload, self._upload = self._upload, None
         if upload is not None:
@@ -158,15 +136,16 @@ class Parts:
         if self._upload is None:
             self._upload = self._driver.begin_upload(self._path, self._nonce)
             self._sends_direct = self._driver.sends_direct(self._path)
-        at_once = max(1, IN_FLIGHT_NBYTES // self._part_nbytes)
-        if len(self._in_flight) >= at_once:
+        while self._in_flight and not self._driver.in_flight.has_room(self._part_nbytes):
             self._collect()
-        self._in_flight.append((number, part, self._begin(number, part, at_once)))
+        self._in_flight.append((number, part, self._begin(number, part)))
+        self._driver.in_flight.add(self._part_nbytes)
         self._part = None
 
-    def _begin(self, number: int, part: Part, at_once: int) -> Future[Any]:
+    def _begin(self, number: int, part: Part) -> Future[Any]:
         if self._sends_direct:
             if self._senders is None:
+                at_once = max(1, IN_FLIGHT_NBYTES // self._part_nbytes)
                 self._senders = ThreadPoolExecutor(at_once, thread_name_prefix="ckptman-send")
             with suppress(RuntimeError):  # the interpreter is about to end, and starts no thread any more
                 return self._senders.submit(self._send_direct, number, part)
@@ -198,9 +177,13 @@ class Parts:
             self._free.append(part)
         else:  # nobody knows who still reads from the part, so its memory is not used again
             answer = self._driver.call("upload_part", self._path, **self._of(number), Body=part.bytes)
-        self._in_flight.popleft()
+        self._land()
         sums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
         self._sent.append({"PartNumber": number, "ETag": answer["ETag"], **sums})
+
+    def _land(self) -> None:
+        self._in_flight.popleft()
+        self._driver.in_flight.add(-self._part_nbytes)
 
     def _of(self, number: int) -> dict[str, object]:
         return {"UploadId": self._upload, "PartNumber": number}

@@ -170,6 +170,9 @@ class FaultySystem(System):
     def read_into(self, file: FileIO, start: int, into: memoryview) -> int:
         return self._look("read_into", "", lambda: self._inner.read_into(file, start, into))
 
+    def read_ahead(self, file: FileIO, start: int, nbytes: int) -> None:
+        self._look("read_ahead", "", lambda: self._inner.read_ahead(file, start, nbytes))
+
     def fstat(self, file: FileIO) -> os.stat_result:
         return self._look("fstat", "", lambda: self._inner.fstat(file))
 

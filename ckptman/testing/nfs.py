@@ -80,6 +80,10 @@ class NfsClient(System):
         self._refuse_stale(file)
         return self._inner.read_into(file, start, into)
 
+    def read_ahead(self, file: FileIO, start: int, nbytes: int) -> None:
+        self._refuse_stale(file)
+        self._inner.read_ahead(file, start, nbytes)
+
     def fstat(self, file: FileIO) -> os.stat_result:
         self._refuse_stale(file)
         return self._inner.fstat(file)

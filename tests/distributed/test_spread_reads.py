@@ -35,6 +35,9 @@ class Distant(LocalStorage):
     def read_into_each(self, key: str, start: int, into: Sequence[memoryview]) -> int:
         return get_each(self.read_into, key, start, into)
 
+    def read_beginning(self, key: str, into: memoryview) -> tuple[int, int]:
+        return self.read_into(key, 0, into), self.size(key)
+
     def read_into(self, key: str, start: int, into: memoryview) -> int:
         if self.fails and len(into) > 1 << 20:
             raise StorageError("the network is down", key=key)

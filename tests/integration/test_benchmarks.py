@@ -3,7 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 from s3_server import S3Server
 
+from benchmarks import __main__ as command
 from benchmarks import harness, plots, ranks, report, results, system
 from benchmarks.figures import Target, judge, lowest, pairs, ratios, summarise
 from benchmarks.harness import Answer, Contestant, Place, Question
+from benchmarks.kept import keep, kept
 from benchmarks.questions import QUESTIONS
 from benchmarks.rivals import RIVALS, TorchSave
 from benchmarks.scale import TINY
 from benchmarks.server import announce
-from benchmarks.states import adapted, trained
+from benchmarks.states import State, adapted, trained
 from benchmarks.units import unit_for
 
 OURS = [
@@ -29,6 +31,14 @@ OURS = [
 ]
 
 
+def place_in(folder: Path) -> Place:
+    """With nothing in it."""
+    place = Place(folder=folder, scale=TINY, repetition=0, shared=folder.with_name("shared"))
+    place.folder.mkdir()
+    place.shared.mkdir()
+    return place
+
+
 @pytest.mark.parametrize(("question", "contestant"), OURS)
 def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(
     question: str, contestant: str, tmp_path: Path, s3_server: S3Server
@@ -36,8 +46,9 @@ def test_every_case_runs_at_a_tiny_size_and_yields_its_fields(
     """Each contestant of ours, and each floor, measures every column and target that the tables promise of it."""
     asked = QUESTIONS[question]
     announce(s3_server.port, tmp_path)
-    place = Place(folder=tmp_path / "place", scale=TINY, repetition=0)
-    place.folder.mkdir()
+    place = place_in(tmp_path / "place")
+    if asked.shares is not None:
+        asked.shares(place)
     if (prepare := asked.contestants[contestant].prepare) is not None:
         prepare(place)
     measured = asked.contestants[contestant].run(place)
@@ -68,19 +79,37 @@ def test_a_load_that_does_not_reach_the_live_objects_is_no_measurement(tmp_path:
         def load(self, step: int) -> None:
             """Do nothing, fast."""
 
-    place = Place(folder=tmp_path, scale=TINY, repetition=0)
+    place = place_in(tmp_path / "place")
+    keep(place)
     prepare(TorchSave, place)
     restore(TorchSave, place)
     with pytest.raises(AssertionError, match="not what was saved"):
         restore(Lazy, place)
 
 
-def test_a_training_step_changes_every_trained_tensor_and_no_frozen_one() -> None:
-    """Nothing of the full state can be borrowed; of the adapted one, all but the adapters and their moments."""
+def test_a_kept_state_is_the_trained_one_and_trains_on(tmp_path: Path) -> None:
+    """Bit for bit, moments and their counts included, in memory that no other contestant has."""
+    place = place_in(tmp_path / "place")
+    keep(place)
+    first, second, expected = kept(place), kept(place), trained(TINY)
+    assert list(first.tensors) == list(expected.tensors)
+    assert all(tensor.equal(first.tensors[name]) for name, tensor in expected.tensors.items())
+    first.train_step()
+    assert first.fingerprint() != expected.fingerprint() == second.fingerprint()
+    assert {float(moments["step"]) for moments in first.optimizer.state.values()} == {3.0}
+
+
+@pytest.mark.parametrize("change", [State.train_step, State.change])
+def test_a_change_leaves_nothing_to_borrow(change: Callable[[State], None]) -> None:
+    """A training step, and what stands for one where nobody measures steps, change every tensor of the full state."""
     state = trained(TINY)
     before = {name: tensor.clone() for name, tensor in state.tensors.items()}
-    state.train_step()
+    change(state)
     assert [name for name, tensor in state.tensors.items() if tensor.equal(before[name])] == []
+
+
+def test_a_training_step_changes_no_frozen_tensor() -> None:
+    """Of the adapted state, all but the adapters and their moments can be borrowed."""
     frozen = adapted(TINY)
     before = {name: tensor.clone() for name, tensor in frozen.tensors.items()}
     frozen.train_step()
@@ -237,9 +266,9 @@ def test_a_report_goes_between_the_markers_and_leaves_the_rest(tmp_path: Path) -
     page.parent.mkdir(parents=True)
     page.write_text(f"before\n{report.BEGIN}\nstale figures\n{report.END}\nafter\n", encoding="utf-8")
     read = run_of(tmp_path)
-    report.publish(read, tmp_path)
+    report.publish(results.joined([read]), tmp_path)
     text = page.read_text("utf-8")
-    report.publish(read, tmp_path)
+    report.publish(results.joined([read]), tmp_path)
     assert page.read_text("utf-8") == text
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
@@ -260,23 +289,58 @@ def test_object_stores_have_a_place_of_their_own(tmp_path: Path) -> None:
         f"{report.BEGIN}\nkept\n{report.END}\n{report.REMOTE_BEGIN}\nstale\n{report.END}\n", encoding="utf-8"
     )
     answer = Answer(repetitions=[{"ckptman": {"upload_s": 1.0}}])
-    report.publish(replace(run_of(tmp_path), answers={"remote": answer}), tmp_path)
+    report.publish(results.joined([replace(run_of(tmp_path), answers={"remote": answer})]), tmp_path)
     text = page.read_text("utf-8")
     assert "kept" in text
     assert "stale" not in text
     assert "| upload, s |" in text
 
 
-def test_a_run_made_in_parts_is_reported_as_one(tmp_path: Path) -> None:
-    """Each part has its questions, and their times add up; runs that cannot be compared are not mixed."""
+def test_a_run_made_in_parts_says_which_part_had_which_scale(tmp_path: Path) -> None:
+    """Each question has its last answer, and its own scale in every table; other machines' runs are not mixed in."""
     first = run_of(tmp_path)
-    second = replace(first, began_at="earlier", answers={"loop": Answer(), "stall": Answer(skipped={"DCP": "no"})})
-    whole = results.joined([first, second])
-    assert (whole.began_at, whole.duration_s) == ("earlier", 120.0)
-    assert whole.answers == {**first.answers, **second.answers}
-    for other in (replace(second, scale="quick"), replace(second, machine={"cores": 3})):
-        with pytest.raises(ValueError, match="report each by itself"):
-            results.joined([first, other])
+    loop = Answer(repetitions=[{"ckptman": {"period_s": 2.0, "plain_period_s": 1.5, "nbytes": 3e6}}])
+    second = replace(first, scale="quick", began_at="later", answers={"loop": loop, "stall": Answer()})
+    text = report.markdown(results.joined([first, second]))
+    assert "| durable | full | now | 1 min |" in text
+    assert "| loop, stall | quick | later | 1 min |" in text
+    assert re.search(r"\| time to durable.*\*\*missed by 9%\*\* \| full \|", text)
+    assert re.search(r"\| slowdown of a loop that saves every 60 s \|.*not judged: a scaled run \| quick \|", text)
+    assert "Scale: quick, states of 3 MB; repetitions: 1." in text
+    assert "Failed: ckptman" not in text
+    with pytest.raises(ValueError, match="report each by itself"):
+        results.joined([first, replace(second, machine={"cores": 3})])
+
+
+def test_who_was_measured_less_often_than_others_is_shown_so() -> None:
+    answer = Answer(repetitions=[{"DCP": {"seconds": 3.0}, "ckptman": {"seconds": 1.0}}, {"ckptman": {"seconds": 2.0}}])
+    table = report.contestants(QUESTIONS["durable"], answer)
+    assert "| DCP (1 of 2) |" in table
+    assert "| **ckptman** |" in table
+
+
+def test_a_run_that_is_interrupted_has_kept_what_was_measured(tmp_path: Path) -> None:
+    """The JSON has each contestant as soon as it is measured: here, all but what comes after the first one."""
+    kept_in = tmp_path / "results.json"
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(answer: Answer, done: str) -> None:
+        if answer.repetitions and answer.repetitions[0]:
+            raise Interrupted
+
+    real = harness.ask
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(
+            command,
+            "ask",
+            lambda *args, progress, **more: real(
+                *args, progress=lambda *known: (progress(*known), interrupt(*known)), **more
+            ),
+        )
+        command.run(TINY, questions=["catalog"], directory=tmp_path, repetitions=3, seed=0, kept_in=kept_in)
+    assert len(results.read_results(kept_in).answers["catalog"].repetitions[0]) == 1
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
@@ -284,7 +348,7 @@ def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
     page.parent.mkdir(parents=True)
     page.write_text("no markers\n", encoding="utf-8")
     with pytest.raises(ValueError, match="no place for the tables"):
-        report.publish(run_of(tmp_path), tmp_path)
+        report.publish(results.joined([run_of(tmp_path)]), tmp_path)
     assert page.read_text("utf-8") == "no markers\n"
 
 
@@ -304,7 +368,8 @@ def test_a_plot_shows_contestants_and_the_floor_as_a_line() -> None:
 def test_every_rival_that_is_installed_takes_part(tool: type, tmp_path: Path) -> None:
     """It saves, and loads into live objects."""
     contestant = QUESTIONS["restore"].contestants[tool.name]
-    place = Place(folder=tmp_path, scale=TINY, repetition=0)
+    place = place_in(tmp_path / "place")
+    keep(place)
     assert isinstance(contestant.run, partial)
     assert contestant.prepare is not None
     contestant.prepare(place)

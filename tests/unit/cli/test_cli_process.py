@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -117,6 +118,27 @@ def test_ctrl_c_is_130(root: Path) -> None:
     assert process.returncode == 130
     assert err.endswith(b"error: interrupted\n")
     assert len(list(root.glob("step-*"))) == 3
+
+
+@pytest.mark.parametrize(("style", "is_json"), [((), False), (("--json",), True)], ids=["table", "json"])
+def test_ctrl_c_before_it_has_begun(made_root: Path, style: tuple[str, ...], is_json: bool) -> None:
+    """Interrupted while modules are still imported, it ends in the same way: one line, and 130."""
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'ckptman.cli._group':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from ckptman.cli import main\n"
+        "main()"
+    )
+    words = [sys.executable, "-c", program, "ls", str(made_root), *style]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ran.returncode == 130
+    if is_json:
+        assert json.loads(ran.stderr) == {"error": "Interrupted", "message": "interrupted", "exit_code": 130}
+    else:
+        assert ran.stderr == "error: interrupted\n"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a pseudo terminal")

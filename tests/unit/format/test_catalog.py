@@ -46,7 +46,8 @@ RULES: list[tuple[str, Change, str]] = [
     ("commit's time zone", lambda body: body.update(committed_at="2026-01-02T03:04:05+02:00"), "not in UTC"),
     ("writer's time zone", lambda body: body["writer"].update(since="2026-01-02T03:04:05+02:00"), "not in UTC"),
     ("entry's time zone", entry(created_at="2026-01-02T03:04:05+02:00"), "not in UTC"),
-    ("manifest's digest", entry(manifest="0" * 32), "matching regex"),
+    ("manifest's digest", entry(manifest="0" * 32), "which is no sha256"),
+    ("manifest's digest in capitals", entry(manifest="A" * 64), "which is no sha256"),
     ("another step", entry(step=8), "step 8 is said to lie in step-000000000007"),
     ("no attempt", entry(attempt="step-7"), "not the name of an attempt"),
     ("attempt with a path", entry(attempt="../step-000000000007.w0001.0123abcd"), "not the name of an attempt"),
@@ -77,7 +78,7 @@ def test_a_broken_rule_is_a_telling_format_error(record: Record, change: Change,
 
 def test_the_rules_are_all_there() -> None:
     """So that a table that shrinks fails."""
-    assert len(RULES) >= 27
+    assert len(RULES) >= 28
 
 
 def test_it_comes_back_equal(record: Record, record_bytes: bytes) -> None:
@@ -126,6 +127,55 @@ def test_the_newest_is_read_as_strictly_as_all_are(record: Record) -> None:
     assert read_newest(write_record(both), record.number) == record
     empty = msgspec.structs.replace(record, checkpoints=())
     assert read_newest(write_record(empty), record.number) == empty
+
+
+def test_the_newest_is_found_however_it_is_written(record: Record) -> None:
+    """What looks like the beginning of an entry within a name, other spacing, and an entry of any size."""
+    newest = record.checkpoints[0]
+    odd = {',{"step":8,"attempt":"x"}': 1.0, "],": 2.0}
+    large = {f"metric {number:0190d}": 1.0 for number in range(900)}
+    for metrics in (odd, large):
+        older = msgspec.structs.replace(newest, step=8, attempt=OTHER, tags=(), metrics=metrics)
+        latest = msgspec.structs.replace(newest, metrics=metrics)
+        both = msgspec.structs.replace(record, checkpoints=(older, latest))
+        for data in (write_record(both), changed(both, lambda body: None)):
+            assert read_newest(data, record.number).checkpoints == (latest,)
+
+
+def test_a_list_of_something_else_has_no_newest(record: Record) -> None:
+    """Nor has anything that ends like a list of entries."""
+    one = json.loads(msgspec.json.encode(record.checkpoints[0]))
+    for checkpoints in ("a list", None, {"x": [{}, one]}, [[]], [[{}, one]], [{"x": [{}, one]}], [{}, {"x": one}]):
+        body = {**json.loads(msgspec.json.encode(record)), "checkpoints": checkpoints}
+        text = json.dumps(body, separators=(",", ":")).encode()
+        data = b'{"sha256":"%s","body":%s}\n' % (sha256(text).encode(), text)
+        with pytest.raises(FormatError, match="breaks the format"):
+            read_newest(data, record.number)
+
+
+def test_attempts_are_looked_at_one_by_one(record: Record) -> None:
+    """Though they are checked all at once: none makes up for another one, wherever their texts are cut."""
+    first = record.checkpoints[0]
+    for texts in [
+        (f"{first.attempt}\n{OTHER}", ""),
+        ("", f"{first.attempt}\n{OTHER}"),
+        (f"{first.attempt}\nstep-", OTHER.removeprefix("step-")),
+        (first.attempt, f"{OTHER}\n"),
+        (OTHER, first.attempt),
+        (first.attempt, OTHER.upper()),
+    ]:
+        both = [msgspec.structs.replace(first, step=7 + n, attempt=text, tags=()) for n, text in enumerate(texts)]
+        with pytest.raises(FormatError, match=r"is said to lie in|not the name of an attempt"):
+            write_record(msgspec.structs.replace(record, checkpoints=tuple(both)))
+
+
+def test_digests_are_looked_at_one_by_one(record: Record) -> None:
+    """A digit that one manifest's digest lacks and another one's has too many is missed in both."""
+    first = record.checkpoints[0]
+    second = msgspec.structs.replace(first, step=8, attempt=OTHER, tags=(), manifest="a" * 65)
+    both = (msgspec.structs.replace(first, manifest="a" * 63), second)
+    with pytest.raises(FormatError, match="the manifest of step 7"):
+        write_record(msgspec.structs.replace(record, checkpoints=both))
 
 
 @pytest.mark.parametrize(("change", "match"), [rule[1:] for rule in RULES], ids=[rule[0] for rule in RULES])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ckptman import CheckpointManager, keep
+from ckptman.pipeline import borrowing
 from ckptman.repository.repository import Repository
 from ckptman.repository.verify import verify
 from ckptman.storage.local import LocalStorage
@@ -214,3 +216,61 @@ def test_what_changed_too_much_to_borrow_is_borrowed_once_it_rests(tmp_path: Pat
     assert written[:2] == [10 * MIB, 10 * MIB]
     assert written[-1] == 0
     assert is_intact(tmp_path)
+
+
+def many(count: int = 2048) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return {f"t{number}": torch.randn(256, generator=random) for number in range(count)}
+
+
+def drawn_first(state: dict[str, torch.Tensor]) -> list[str]:
+    """The names of those that a save hashes before all others."""
+    return random.Random(len(state)).choices(list(state), [tensor.nbytes + 1 for tensor in state.values()], k=32)
+
+
+def test_of_very_many_any_single_change_is_written(tmp_path: Path) -> None:
+    """Wherever it is, drawn to be hashed first or not: no stale byte is pointed at, the others are not rewritten."""
+    state = many()
+    seen: dict[int, list[torch.Tensor]] = {}
+    with CheckpointManager(tmp_path, {"many": state}, rng=False) as manager:
+        manager.save(0, block=True)
+        for step, name in enumerate(["t0", "t1", *drawn_first(state)[:3], "t1023", "t2047"], start=1):
+            state[name].view(torch.uint8)[step] ^= 1
+            saved = manager.save(step, block=True).result()
+            assert 0 < saved.new_nbytes <= step * 1024  # those that changed once are expected to change again
+            seen[step] = [tensor.clone() for tensor in state.values()]
+        for step in (1, 4, 7):
+            manager.restore(step)
+            assert all(torch.equal(a, b) for a, b in zip(state.values(), seen[step], strict=True))
+
+
+def test_of_very_many_it_takes_few_to_see_that_all_have_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing is borrowed, and next to nothing hashed; as soon as most have not changed, they are borrowed."""
+    state = many()
+    hashed = []
+    is_unchanged = borrowing._is_unchanged
+    monkeypatch.setattr(borrowing, "_is_unchanged", lambda *one: hashed.append(one) or is_unchanged(*one))
+    with CheckpointManager(tmp_path, {"many": state}, rng=False) as manager:
+        for step in range(3):
+            torch._foreach_add_(list(state.values()), 1.0)
+            saved = manager.save(step, block=True).result()
+            assert saved.new_nbytes == saved.nbytes
+        assert 0 < len(hashed) <= 2 * 32
+        assert hashed[0][0].data_ptr() == state[drawn_first(state)[0]].data_ptr()
+        torch._foreach_add_(list(state.values())[:500], 1.0)
+        saved = manager.save(3, block=True).result()
+        assert saved.new_nbytes == 500 * 1024
+
+
+def test_looking_at_a_few_first_leaves_the_programs_random_numbers_alone(tmp_path: Path) -> None:
+    """A program that saves draws what it would have drawn."""
+    state = many()
+    random.seed(0)
+    with CheckpointManager(tmp_path, {"many": state}, rng=False) as manager:
+        for step in range(3):
+            manager.save(step, block=True)
+    drawn = random.random()
+    random.seed(0)
+    assert drawn == random.random()

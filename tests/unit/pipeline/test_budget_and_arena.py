@@ -92,9 +92,9 @@ def test_a_lost_slot_makes_room_for_another_and_is_never_taken_again() -> None:
 
 
 def test_prefault_touches_memory_ahead_and_can_be_stopped() -> None:
-    """What was touched counts as held and is used first; stop joins the thread."""
+    """What was touched counts as held and is used first, a slot for the end of each file; stop joins the thread."""
     arena = Arena(8 * SLOT_NBYTES)
-    arena.prefault(3 * SLOT_NBYTES - 5)
+    arena.prefault([2 * SLOT_NBYTES - 5, 7])
     slots = [arena.take(wanted=3) for _ in range(3)]  # waits for the thread, and makes none besides
     assert len({slot.tensor.data_ptr() for slot in slots}) == 3
     arena.stop()

@@ -202,3 +202,33 @@ def test_only_reads_only_that(tmp_path: Path) -> None:
     with CheckpointManager(Counting(tmp_path), large(), rng=False, limits=Limits(io_threads=3)) as manager:
         manager.restore(only=("b",))
     assert 20 * MIB <= read <= 20 * MIB + 10_000
+
+
+def test_small_neighbours_are_read_through_memory_that_is_used_again(tmp_path: Path) -> None:
+    """A hundred tensors of 100 kB: a MiB at a time, each thread into the same bytes every time."""
+    state = {"small": {str(number): torch.full((25_000,), float(number)) for number in range(100)}}
+    with CheckpointManager(tmp_path, state, rng=False) as manager:
+        manager.save(1, block=True)
+    reads: list[tuple[str, int, int]] = []
+    held: list[memoryview] = []  # so that memory that is not used again is not handed out again either
+
+    class Watched(LocalStorage):
+        def read_into(self, key: str, start: int, into: memoryview) -> int:
+            held.append(into)
+            if start:  # not the header
+                address = ctypes.addressof(ctypes.c_char.from_buffer(into))
+                reads.append((threading.current_thread().name, address, len(into)))
+            return super().read_into(key, start, into)
+
+    live = {"small": {name: torch.zeros_like(tensor) for name, tensor in state["small"].items()}}
+    with CheckpointManager(Watched(tmp_path), live, rng=False) as manager:
+        manager.restore()
+    assert all(torch.equal(live["small"][name], tensor) for name, tensor in state["small"].items())
+    assert len(reads) == 10
+    assert max(nbytes for _, _, nbytes in reads) <= MIB
+    largest: dict[str, int] = {}
+    moves = 0
+    for thread, _, nbytes in reads:  # new memory only where more is needed than before
+        moves += nbytes > largest.get(thread, 0)
+        largest[thread] = max(nbytes, largest.get(thread, 0))
+    assert len({(thread, address) for thread, address, _ in reads}) <= moves < len(reads)
