@@ -1,4 +1,4 @@
-"""With the constants that users have: who failed is known on every rank within 30 s, and the block is left within 60."""
+"""With the constants that users have: who failed is known on all ranks within 30 s, and the block is left within 60."""
 
 from __future__ import annotations
 
