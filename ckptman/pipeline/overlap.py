@@ -3,6 +3,8 @@ Overlap: staging hidden behind the forward and backward passes of the next step.
 
 What an optimizer owns (parameters, moments) cannot change before its ``step()``, so a thread copies it after ``save``
 has returned, and a hook before every step waits for that thread. Everything else is copied before ``save`` returns.
+An optimizer that is no part of the state waits too where it owns the same memory: a fused one changes it without a
+move of any version counter.
 
 Why no torn copy is ever committed:
 
@@ -24,11 +26,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptman.errors import SaveFailed
 from ckptman.pipeline.arena import Slot
@@ -90,6 +94,15 @@ class Deferred:
                 self._left.forget()
                 self._is_settled.set()
 
+    def wait_for(self, optimizer: Optimizer) -> None:
+        """For any thread, before *optimizer* steps: if it owns what is left, wait until that is copied."""
+        if not self._left.is_owned_by(optimizer):
+            return
+        if threading.current_thread() is self._trainer:
+            self.settle()
+        else:
+            self._is_staged.wait()
+
     def confirm(self) -> None:
         """
         For the writer, before it commits: wait for the verdict of the thread that trains.
@@ -129,6 +142,12 @@ class Left:
         """Whether it is not."""
         return id(tensor) not in self._ids
 
+    def is_owned_by(self, optimizer: Optimizer) -> bool:
+        """Whether a step of *optimizer* may change one of them."""
+        memory = {tensor.untyped_storage().data_ptr() for tensor, _ in self._watched}
+        owned = filter(_is_dense, map(_held, _wholes(optimizer)))
+        return any(tensor.untyped_storage().data_ptr() in memory for tensor in owned)
+
     def moved(self) -> tuple[str, ...]:
         """The names of those that were changed since; they are never left again."""
         moved = tuple(self._names[id(tensor)] for tensor, version in self._watched if tensor._version != version)
@@ -147,6 +166,7 @@ class Overlap:
         self._lively: set[str] = set()
         self._under_way: list[Deferred] = []
         self._handles: dict[int, tuple[Optimizer, Any]] = {}
+        self._handle_of_others: Any = None
 
     def leave(self, captured: Mapping[str, Captured], state: Mapping[str, object], trained: Collection[int]) -> Left:
         """
@@ -163,6 +183,8 @@ class Overlap:
         for optimizer in proven:
             if id(optimizer) not in self._handles:
                 self._handles[id(optimizer)] = optimizer, optimizer.register_step_pre_hook(self._before_step)
+        if self._handle_of_others is None:
+            self._handle_of_others = register_optimizer_step_pre_hook(_waiting_for(weakref.ref(self)))
         owned = set(trained) - addresses(unproven)
         leaves = [
             leaf
@@ -187,9 +209,28 @@ class Overlap:
         for _, handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        if self._handle_of_others is not None:
+            self._handle_of_others.remove()
+            self._handle_of_others = None
+
+    def wait_before(self, optimizer: Optimizer) -> None:
+        """For any thread, before a step of an optimizer of this process, which need not be of the state."""
+        if id(optimizer) not in self._handles:
+            for deferred in tuple(self._under_way):
+                deferred.wait_for(optimizer)
 
     def _before_step(self, optimizer: Optimizer, arguments: object, keywords: object) -> None:
         self.settle()
+
+
+def _waiting_for(overlap: weakref.ref[Overlap]) -> Callable[[Optimizer, object, object], None]:
+    """A hook for all optimizers of the process that does not keep *overlap*, and with it the state, alive."""
+
+    def before_step(optimizer: Optimizer, arguments: object, keywords: object) -> None:
+        if (alive := overlap()) is not None:
+            alive.wait_before(optimizer)
+
+    return before_step
 
 
 def addresses(optimizers: Iterable[Optimizer]) -> set[int]:

@@ -65,6 +65,8 @@ def check_protocol(url: str) -> None:
     """
     protocols = [part.partition("://")[0].lower() for part in url.split("::")]
     for protocol in protocols:
+        if protocol in ("file", "local"):
+            raise ValueError(f"{redact(url)!r}: for a folder of this machine give its path alone, without a chain")
         if protocol in _CACHES:
             raise ValueError(f"{redact(url)!r}: a cache hides what other processes change: leave {protocol}:: out")
         if protocol in _READ_ONLY:

@@ -14,7 +14,7 @@ from ckptman.storage.base import Storage
 from ckptman.storage.local import LocalStorage
 from ckptman.storage.memory import MemoryStorage
 
-_FILE = re.compile(r"file://(localhost)?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
+_FILE = re.compile(r"(?:file|local)://(localhost)?(?P<path>/.*)", re.IGNORECASE | re.DOTALL)
 _MEMORY = re.compile(r"memory://(?P<name>.*)", re.IGNORECASE | re.DOTALL)
 _OTHER = re.compile(r".*://|[a-z][a-z0-9+.-]+:[/\\]", re.IGNORECASE | re.DOTALL)
 

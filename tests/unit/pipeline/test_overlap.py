@@ -242,6 +242,31 @@ def test_an_optimizer_that_does_not_tell_is_copied_at_once(tmp_path: Path, gate:
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["same thread", "other thread"])
+@pytest.mark.parametrize("other", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_of_an_optimizer_that_is_not_saved_waits_too(
+    tmp_path: Path, gate: Gate, other: Callable[..., Any], thread: bool
+) -> None:
+    """A fused one changes the same parameters, and moves no version counter."""
+    state = training()
+    forward_backward(state)
+    stranger = other(state["model"].parameters(), lr=0.1, fused=True)
+    with CheckpointManager(tmp_path, state, overlap=True) as manager:
+        pending = manager.save(1)
+        expected = copied(state)
+        gate.open_soon()
+        if thread:
+            stepping = threading.Thread(target=stranger.step)
+            stepping.start()
+            stepping.join()
+        else:
+            stranger.step()
+        assert gate.open.is_set()
+        assert not same(copied(state), expected)
+        assert pending.result().step == 1
+    assert same(restored(tmp_path, 1), expected)
+
+
 def test_hooks_are_removed_on_close_and_when_the_manager_is_forgotten(tmp_path: Path) -> None:
     """No hook stays on the optimizer; saving adds one and not one per save."""
     state = training()
