@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from ckptman.errors import CheckpointNotFound, IntegrityError
+from ckptman.errors import CheckpointNotFound, FormatError, IntegrityError
 from ckptman.format.catalog import Entry, Record, read_record
 from ckptman.format.digest import sha256
 from ckptman.format.manifest import MAX_MANIFEST_NBYTES, Manifest, read_manifest
@@ -47,7 +47,12 @@ class Repository:
         """
         head = read_head(self.storage, read=read)
         if head.record is None:
-            refuse_unlisted(self.storage)
+            try:
+                refuse_unlisted(self.storage)
+            except FormatError:
+                head = read_head(self.storage, read=read)  # the first checkpoint may just have come: look once more
+                if head.record is None:
+                    raise
         for number in head.damaged:
             warn(
                 f"catalog record {number} of {self.storage.url} is damaged and was passed over: the change that it "
