@@ -39,9 +39,10 @@ from ckptman.pipeline.starting import Begun, Starting
 from ckptman.preemption import Preemption, Watch
 from ckptman.repository import keep as keep_rules
 from ckptman.repository.changes import deleting, tagging, untagging
+from ckptman.repository.claim import Claim
 from ckptman.repository.commit import Change, utc_now
 from ckptman.repository.keep import Keep, Mode
-from ckptman.repository.ownership import Claim, Ownership
+from ckptman.repository.ownership import Ownership
 from ckptman.repository.repository import Repository, Which
 from ckptman.repository.roots import Roots
 from ckptman.schedule import Schedule

@@ -73,10 +73,8 @@ def _is_missing(path: Path) -> bool:
     """Whether *path* is certainly not there: where this process may not look, it is left alone."""
     try:
         path.lstat()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
     return False
 
 

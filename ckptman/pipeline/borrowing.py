@@ -8,8 +8,8 @@ Borrowing: a tensor that is as it was in an earlier checkpoint is pointed at, no
    staged. Those whose digests are equal are borrowed; nothing else ever is. No flag is believed: the version counter of
    a tensor does not move with every change.
 3. The reasons: no optimizer of the state owns the tensor, or its digests were equal in the last two checkpoints. One
-   was expected unchanged and had changed is expected to change until two digests are equal again. Of a component of
-   very many tensors a few are hashed first: where all of them have changed, the others are not even looked up.
+   that was expected unchanged and had changed is expected to change until two digests are equal again. Of a component
+   of very many tensors a few are hashed first: where all of these have changed, the others are not looked up.
 4. A file is borrowed only where that saves at least half of it, and 1 MiB. Otherwise one small tensor would keep a
    whole old file on the disk: what is needed of it is written anew, and the file goes with its last checkpoint.
 5. The commit refuses a checkpoint that borrows a file which the record that it is built on does not need

@@ -19,7 +19,8 @@ from ckptman.pipeline.ranks import Ranks
 from ckptman.pipeline.saving import Job, Saved, name_attempt, write_checkpoint
 from ckptman.pipeline.sharing import Attempted, Sharing
 from ckptman.pipeline.together import Turn, failed
-from ckptman.repository.ownership import Claim, Ownership
+from ckptman.repository.claim import Claim
+from ckptman.repository.ownership import Ownership
 from ckptman.state.capture import Captured, capture
 
 

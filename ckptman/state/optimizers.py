@@ -138,8 +138,8 @@ def _taken(states: Mapping[str, object], collector: Collector) -> Ready | None:
     full = collector.take_all(names, [tensor for values in members.values() for tensor in values.values()])
     if full is None:
         return None
-    trees = map(tensor_tree, full)
-    return Ready({member: dict(zip(values, trees)) for member, values in members.items()})  # noqa: B905 - a few each
+    trees = map(tensor_tree, full)  # each member takes as many of them as it has keys
+    return Ready({member: dict(zip(values, trees, strict=False)) for member, values in members.items()})
 
 
 def _plain(values: object, parameter: torch.Tensor) -> object:

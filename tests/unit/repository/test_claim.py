@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ckptman.errors import LockTimeout
+from ckptman.repository.claim import Claim
 from ckptman.repository.file_lock import RootLock
-from ckptman.repository.ownership import Claim, Ownership, take
+from ckptman.repository.ownership import Ownership, take
 from ckptman.storage.base import Storage
 from ckptman.storage.opening import open_storage
 
